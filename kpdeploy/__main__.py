@@ -1,0 +1,3 @@
+from kpdeploy.cli import main
+
+main()

@@ -1,0 +1,167 @@
+"""An exported file and all that must be known to run it again: the Artifact, the Verdict on it, and manifest.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.errors import DigestMismatch, RepositoryBroken
+from kpdeploy.signature import Signature
+
+MANIFEST = "manifest.json"
+GOLDEN = "golden.npz"
+BASELINE = "baseline.json"
+SCHEMA = 1
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A model in one format: the folder it is in, its main file, and the names it gives its tensors.
+
+    `settings` are what its runtime is loaded with (see kpdeploy.runtimes), and what the server's config states.
+    """
+
+    format: str
+    folder: Path
+    filename: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.filename
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.folder.iterdir())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The worst relative error ‖out − ref‖ / ‖ref‖ of one output over all points, against its tolerance."""
+
+    output: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the proof of one artifact showed."""
+
+    comparisons: tuple[Comparison, ...]
+    points: int
+    max_batch_size: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.comparisons)
+
+    @property
+    def worst(self) -> Comparison:
+        return max(self.comparisons, key=lambda c: c.error / c.tolerance if c.tolerance else c.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Milliseconds of one call at one point of the dynamic range, in one process on an otherwise idle machine."""
+
+    point: Mapping[str, int]
+    p50_ms: float
+    p99_ms: float
+    calls: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The contents of manifest.json: where a version comes from, what was tried, and the digest of every file."""
+
+    model: str
+    version: int
+    target: str
+    format: str
+    filename: str
+    signature: Signature
+    max_batch_size: int
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    settings: Mapping[str, Any]
+    files: Mapping[str, str]
+    tolerances: Mapping[str, float]
+    decisions: tuple[Decision, ...]
+    formats: tuple[Mapping[str, Any], ...]
+    source: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    created: str
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["signature"] = self.signature.to_json()
+        data["decisions"] = [{"kind": type(d).__name__.lower(), **asdict(d)} for d in self.decisions]
+        for name in ("settings", "files", "tolerances", "source", "environment"):
+            data[name] = dict(data[name])
+        return data
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json.dumps(self.to_json(), indent=2, default=list) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a version's folder.
+
+        Raises:
+            RepositoryBroken: there is none, or it is not one that this release reads.
+        """
+        path = folder / MANIFEST
+        try:
+            data = json.loads(path.read_text())
+            if data["schema"] != SCHEMA:
+                raise RepositoryBroken(
+                    f"{path} has schema {data['schema']}; this release reads {SCHEMA}",
+                    next_step="use the release of kpdeploy that wrote it, or export the model again",
+                )
+            data["signature"] = Signature.from_json(data["signature"])
+            data["decisions"] = tuple(_decision(d) for d in data["decisions"])
+            for name in ("input_names", "output_names", "formats"):
+                data[name] = tuple(data[name])
+            return cls(**data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RepositoryBroken(
+                f"{folder} is not a version made by kpdeploy",
+                why=f"{path.name}: {error}",
+                next_step="export the model into this repository with `kpdeploy export MODEL --target triton`",
+            ) from None
+
+    def check_files(self, folder: Path) -> None:
+        """Raise DigestMismatch unless every file is, byte for byte, the one that was proven."""
+        for name, digest in self.files.items():
+            path = folder / name
+            found = sha256(path) if path.is_file() else "no such file"
+            if found != digest:
+                raise DigestMismatch(
+                    f"{path} is not the file that was proven",
+                    why=f"sha256 is {found}, the manifest says {digest}",
+                    next_step="export the model again, or restore the file",
+                )
+
+
+def _decision(data: dict[str, Any]) -> Decision:
+    kind = {"applied": Applied, "skipped": Skipped}[data.pop("kind")]
+    return kind(**data)

@@ -1,0 +1,92 @@
+"""The command line: one file per command, imported when it is called, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from kpdeploy import __version__
+from kpdeploy.errors import KpdeployError
+
+# Name and the line that `kpdeploy --help` shows, in the order in which a user meets them.
+COMMANDS = {
+    "export": "Export a model, prove the artifact equal to it, and package it for a server.",
+    "serve": "Serve a model repository on this machine with a real Triton.",
+    "verify": "Replay the golden requests against a running server.",
+    "bench": "Measure latency and throughput of a running server under load.",
+    "doctor": "Show what is on this machine, what is missing, and how to get it.",
+    "exit-codes": "List what each exit code means.",
+}
+
+EPILOG = """\b
+First steps:
+  kpdeploy export minilm --target triton --repo models/
+  kpdeploy serve models/
+  kpdeploy verify models/ --url localhost:8001
+"""
+
+
+class LazyCommands(click.Group):
+    """A group that knows its commands by name, and imports one only to run it or to show its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"kpdeploy.cli.{name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else " See `kpdeploy --help`."
+            raise click.UsageError(f"no such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyCommands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version", message="kpdeploy %(version)s")
+def cli() -> None:
+    """A PyTorch model, fast, correct and watched in production.
+
+    kpdeploy exports a model, proves the artifact equal to the original in the runtime that will serve it, packages
+    it as a model repository, and serves it.
+    """
+
+
+def main() -> None:
+    """Run the command line; every error is one message and its exit code, never a traceback."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KpdeployError as error:
+        from kpdeploy.cli.console import show_error
+
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from kpdeploy.cli.console import show_defect
+
+        show_defect(error)
+        sys.exit(1)

@@ -1,0 +1,251 @@
+"""Every error a user can meet: one class, one exit code, what went wrong, why, and the next step.
+
+The classes below are the documentation of the exit codes (`kpdeploy exit-codes` prints them). 0 is success,
+1 a defect of kpdeploy itself, 2 a wrong command line.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class KpdeployError(Exception):
+    """Base of all errors that are shown to a user as one message.
+
+    Args:
+        what: what could not be done, naming the thing (a file, an input, a port).
+        why: the reason, in the words of whatever refused.
+        next_step: what the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, why: str = "", next_step: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.why = why
+        self.next_step = next_step
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.why:
+            lines.append(f"why:  {self.why}")
+        if self.next_step:
+            lines.append(f"next: {self.next_step}")
+        return "\n".join(lines)
+
+
+class UnknownName(KpdeployError):
+    """A target, format or option value that does not exist."""
+
+    exit_code = 3
+
+
+class ConfigFileBroken(KpdeployError):
+    """kpdeploy.toml cannot be read, or holds an unknown key."""
+
+    exit_code = 4
+
+
+# 10-19: the MODEL argument
+
+
+class ModelNotFound(KpdeployError):
+    """MODEL names nothing: no such example, file, folder, module or attribute."""
+
+    exit_code = 10
+
+
+class ModelBroken(KpdeployError):
+    """The model's file exists and cannot be read as what it claims to be."""
+
+    exit_code = 11
+
+
+class ModelUnsafe(KpdeployError):
+    """Loading the model would run code from the file (a pickle)."""
+
+    exit_code = 12
+
+
+class FactoryFailed(KpdeployError):
+    """The factory `package.module:factory` could not be imported, or raised."""
+
+    exit_code = 13
+
+
+class FactoryReturned(KpdeployError):
+    """The factory returned something that is not a module, or a module and its inputs."""
+
+    exit_code = 14
+
+
+class TaskUnknown(KpdeployError):
+    """A Hugging Face folder does not tell its task, or the task is not known here."""
+
+    exit_code = 15
+
+
+class PackageMissing(KpdeployError):
+    """An optional package that this MODEL or format needs is not installed."""
+
+    exit_code = 16
+
+
+# 20-29: its inputs
+
+
+class InputsUnknown(KpdeployError):
+    """Nothing says what the model's inputs are."""
+
+    exit_code = 20
+
+
+class InputSyntax(KpdeployError):
+    """`--input` or `--example` cannot be parsed."""
+
+    exit_code = 21
+
+
+class InputMismatch(KpdeployError):
+    """The inputs that were given do not fit the model (name, dtype, rank or range)."""
+
+    exit_code = 22
+
+
+class ModelRejectsInputs(KpdeployError):
+    """The unmodified model raised when it was called with its own inputs."""
+
+    exit_code = 23
+
+
+class OutputUnusable(KpdeployError):
+    """The unmodified model gives nothing that can be compared (no tensor, or NaN)."""
+
+    exit_code = 24
+
+
+# 30-39: export and proof
+
+
+class ExportFailed(KpdeployError):
+    """The model could not be written in the format."""
+
+    exit_code = 30
+
+
+class ProofFailed(KpdeployError):
+    """An artifact does not give the original's answers, or could not be run at all."""
+
+    exit_code = 31
+
+
+class FormatUnavailable(KpdeployError):
+    """The format cannot be made from this model, or cannot be served by the target."""
+
+    exit_code = 32
+
+
+# 40-49: the repository
+
+
+class RepositoryUnwritable(KpdeployError):
+    """The repository's folder cannot be written."""
+
+    exit_code = 40
+
+
+class DiskFull(KpdeployError):
+    """No space was left while writing."""
+
+    exit_code = 41
+
+
+class RepositoryBroken(KpdeployError):
+    """A folder that should be a model repository is missing, empty, or not readable as one."""
+
+    exit_code = 42
+
+
+class RepositoryBusy(KpdeployError):
+    """Another export is writing to the same repository."""
+
+    exit_code = 43
+
+
+class DigestMismatch(KpdeployError):
+    """A file of the repository is not the file that was proven."""
+
+    exit_code = 44
+
+
+# 50-59: serving
+
+
+class PortInUse(KpdeployError):
+    """A port that the server needs is taken."""
+
+    exit_code = 50
+
+
+class ServerUnavailable(KpdeployError):
+    """The server's own environment could not be made, or holds no server."""
+
+    exit_code = 51
+
+
+class LibraryMissing(KpdeployError):
+    """A shared library that the server needs is not on this machine."""
+
+    exit_code = 52
+
+
+class ModelLoadFailed(KpdeployError):
+    """The server refused the model."""
+
+    exit_code = 53
+
+
+class ServerDied(KpdeployError):
+    """The server ended by itself."""
+
+    exit_code = 54
+
+
+class NotReady(KpdeployError):
+    """No golden request came back right in time."""
+
+    exit_code = 55
+
+
+# 60-69: talking to a server
+
+
+class Unreachable(KpdeployError):
+    """Nothing answers at the address."""
+
+    exit_code = 60
+
+
+class ModelNotServed(KpdeployError):
+    """The server answers, and does not serve the model."""
+
+    exit_code = 61
+
+
+class AnswersDiffer(KpdeployError):
+    """The server's answers are not the golden ones."""
+
+    exit_code = 62
+
+
+class LoadFailed(KpdeployError):
+    """Under load, no request succeeded."""
+
+    exit_code = 63
+
+
+def exit_codes() -> list[tuple[int, str, str]]:
+    """All exit codes as (code, name, meaning), in order."""
+    kinds = sorted(KpdeployError.__subclasses__(), key=lambda kind: kind.exit_code)
+    return [(kind.exit_code, kind.__name__, (kind.__doc__ or "").strip()) for kind in kinds]

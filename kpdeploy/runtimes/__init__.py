@@ -1,0 +1,25 @@
+"""What runs an artifact: one file a runtime, each standing alone (NumPy and its runtime, nothing of kpdeploy).
+
+The same file proves the artifact in a fresh process, measures it, and serves it inside Triton's python backend, so
+that what was proven is what runs. Each has
+
+    load(path, *, inputs, outputs, settings) -> run
+    run(arrays) -> arrays
+
+`inputs` and `outputs` are the artifact's own names, in call order; `arrays` follow that order. `settings` is
+JSON: `threads` (0: the runtime's choice) for all, the rest in each file's docstring.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+RUNTIMES = ("onnx", "torchscript", "pt2", "openvino")
+
+PACKAGES = {"onnx": ("onnxruntime",), "torchscript": ("torch",), "pt2": ("torch",), "openvino": ("openvino",)}
+"""The packages that each runtime needs beside NumPy."""
+
+
+def source(runtime: str) -> Path:
+    """The file of a runtime, to be run or copied."""
+    return Path(__file__).with_name(f"{runtime}.py")

@@ -1,0 +1,29 @@
+"""TorchScript in libtorch on the CPU. Settings: `threads`, `op_libraries` (paths)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+Arrays = Sequence[np.ndarray[Any, Any]]
+
+
+def load(
+    path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: dict[str, Any]
+) -> Callable[[Arrays], Arrays]:
+    if threads := settings.get("threads", 0):
+        torch.set_num_threads(threads)
+    for library in settings.get("op_libraries", ()):
+        torch.ops.load_library(library)
+    module = torch.jit.load(path, map_location="cpu").eval()
+
+    def run(arrays: Arrays) -> Arrays:
+        with torch.inference_mode():
+            result = module(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
+        tensors = result if isinstance(result, (tuple, list)) else (result,)
+        return [t.contiguous().numpy() for t in tensors]
+
+    return run

@@ -1,0 +1,83 @@
+"""A process that holds one artifact in its runtime and answers requests on stdin/stdout, a JSON object a line.
+
+Run as a script (`python -P worker.py`) and standing alone, like the runtimes. Arrays travel as .npz files.
+
+    {"load": {"runtime_file", "path", "inputs", "outputs", "settings"}}
+    {"run": "in.npz", "into": "out.npz"}           arrays named 0, 1, … in call order
+    {"time": "in.npz", "seconds": 0.5, "at_least": 5}  -> {"milliseconds": [...]}
+
+Each answer holds "peak_bytes", the largest resident size so far, or "error" with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Run = Callable[[list[Any]], list[Any]]
+
+
+def read(path: str) -> list[Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return [arrays[str(i)] for i in range(len(arrays.files))]
+
+
+def load(job: dict[str, Any]) -> Run:
+    spec = importlib.util.spec_from_file_location("runtime", job["runtime_file"])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    run: Run = module.load(job["path"], inputs=job["inputs"], outputs=job["outputs"], settings=job["settings"])
+    return run
+
+
+def timed(run: Run, arrays: list[Any], *, seconds: float, at_least: int) -> list[float]:
+    """Milliseconds of single calls, one after the other, after two that do not count."""
+    run(arrays)
+    run(arrays)
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < at_least or time.perf_counter() < end:
+        start = time.perf_counter()
+        run(arrays)
+        taken.append((time.perf_counter() - start) * 1e3)
+    return taken
+
+
+def answer(job: dict[str, Any], state: dict[str, Run]) -> dict[str, Any]:
+    if "load" in job:
+        state["run"] = load(job["load"])
+        return {}
+    if "run" in job:
+        outputs = state["run"](read(job["run"]))
+        np.savez(job["into"], **{str(i): np.asarray(a) for i, a in enumerate(outputs)})
+        return {}
+    arrays = read(job["time"])
+    return {"milliseconds": timed(state["run"], arrays, seconds=job["seconds"], at_least=job["at_least"])}
+
+
+def main() -> None:
+    # Libraries print to stdout; the answers get a descriptor of their own.
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    state: dict[str, Run] = {}
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line), state)
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        reply["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        out.write(json.dumps(reply) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    main()
