@@ -76,9 +76,7 @@ def _random_points(signature: Signature, rng: np.random.Generator, *, tries: int
 def middle_point(signature: Signature, *, batch: int) -> dict[str, int]:
     """A usual request: `batch` along the leading axis, and half of the range (at most 128) elsewhere."""
     lead = lead_axis(signature)
-    return {
-        a.name: min(max(batch if a.name == lead else min(128, a.max // 2), a.min), a.max) for a in signature.axes
-    }
+    return {a.name: min(max(batch if a.name == lead else min(128, a.max // 2), a.min), a.max) for a in signature.axes}
 
 
 def lead_axis(signature: Signature) -> str:

@@ -1,0 +1,48 @@
+"""How far an answer is from its reference, and how far it may be. NumPy only."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kpdeploy.artifact import Comparison
+from kpdeploy.inputs import Array, Tensors
+
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "integer": 0.0}
+"""Largest ‖out − ref‖ / ‖ref‖ by dtype: about a hundred roundings. Integers and bools: the share that may differ."""
+
+
+def relative_error(out: Array, ref: Array) -> float:
+    """‖out − ref‖ / ‖ref‖ in float64, or the share of differing elements for integers and bools.
+
+    Infinite where shapes or kinds differ, or where only one of the two is NaN or infinite.
+    """
+    if out.shape != ref.shape or out.dtype.kind != ref.dtype.kind:
+        return float("inf")
+    if ref.size == 0:
+        return 0.0
+    if ref.dtype.kind != "f":
+        return float(np.mean(out != ref))
+    finite = np.isfinite(ref)
+    if not np.array_equal(out[~finite], ref[~finite], equal_nan=True) or not np.isfinite(out[finite]).all():
+        return float("inf")
+    wanted = ref[finite].astype(np.float64)
+    distance = float(np.linalg.norm(out[finite].astype(np.float64) - wanted))
+    length = float(np.linalg.norm(wanted))
+    return distance / length if length else distance
+
+
+def tolerance(dtype: str, tolerances: dict[str, float]) -> float:
+    """The tolerance of a dtype; all integers and bools share one."""
+    return tolerances[dtype if np.dtype(dtype).kind == "f" else "integer"]
+
+
+def compare(out: Tensors, ref: Tensors, tolerances: dict[str, float]) -> list[Comparison]:
+    """One Comparison per output of `ref`; an output that is absent has an infinite error."""
+    return [
+        Comparison(
+            output=name,
+            error=relative_error(out[name], wanted) if name in out else float("inf"),
+            tolerance=tolerance(str(wanted.dtype), tolerances),
+        )
+        for name, wanted in ref.items()
+    ]
