@@ -1,0 +1,46 @@
+"""The formats a model can be exported to: one module each, one row in FORMATS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kpdeploy.export import capture, onnx, openvino, pt2, torchscript
+from kpdeploy.export.capture import Capture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """One way to write a model down.
+
+    `export(capture, folder)` writes `filename` (and what belongs to it) into an empty folder. `variants` are the
+    runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default.
+
+    Raises (export): FormatUnavailable where the model's kind rules the format out; ExportFailed, PackageMissing.
+    """
+
+    name: str
+    filename: str
+    export: Callable[[Capture, Path], None]
+    variants: Sequence[Mapping[str, Any]] = field(default=({},))
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format(
+            name="onnx",
+            filename="model.onnx",
+            export=onnx.export,
+            # "all" includes fusions that are slower than what they replace on some models.
+            variants=({"graph_level": "all"}, {"graph_level": "basic"}),
+        ),
+        Format(name="openvino", filename="model.xml", export=openvino.export, variants=({"precision": "f32"},)),
+        Format(name="torchscript", filename="model.pt", export=torchscript.export),
+        Format(name="pt2", filename="model.pt2", export=pt2.export),
+    )
+}
+
+__all__ = ["FORMATS", "Capture", "Format", "capture"]

@@ -1,0 +1,187 @@
+"""The graph of a model, captured once by torch.export and shared by the formats."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.errors import ExportFailed, FormatUnavailable
+from kpdeploy.inputs import sample
+from kpdeploy.model import Model
+from kpdeploy.signature import Axis, Signature
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model and, made when first asked for, its exported program and its ONNX file.
+
+    `folder` is where shared intermediate files go.
+    """
+
+    model: Model
+    folder: Path
+
+    @property
+    def signature(self) -> Signature:
+        return self.model.signature
+
+    @cached_property
+    def program(self) -> torch.export.ExportedProgram:
+        """The exported program, with the signature's dynamic axes.
+
+        Raises:
+            FormatUnavailable: the model is a file that holds no PyTorch program.
+            ExportFailed: torch.export refused.
+        """
+        if self.model.program is not None:
+            program: torch.export.ExportedProgram = self.model.program
+            return program
+        if self.model.module is None or self.model.kind in ("onnx", "torchscript"):
+            raise FormatUnavailable(
+                f"a model given as {self.model.kind} holds no program that torch.export could capture",
+                next_step="give the module itself: MODEL = package.module:factory",
+            )
+        return _program(self.model)
+
+    @cached_property
+    def onnx_file(self) -> Path:
+        """The model as ONNX, written once for all formats that start from it."""
+        from kpdeploy.export import onnx
+
+        folder = self.folder / "onnx"
+        folder.mkdir()
+        onnx.export(self, folder)
+        return folder / "model.onnx"
+
+
+def settle_axes(model: Model, *, stated: bool) -> Model:
+    """Capture the model once and hold its signature to what the capture allows.
+
+    An axis that the model fixes (or ties to another) becomes a constant, with a Skipped decision; where the user
+    stated the axis, that is an error instead.
+
+    Raises:
+        ExportFailed: torch.export refused the model, or an axis that the user stated.
+    """
+    if model.module is None or model.kind in ("onnx", "torchscript"):
+        return model
+    try:
+        return replace(model, program=_program(model))
+    except ExportFailed as first:
+        if not model.signature.axes:
+            raise
+        kept, decisions = _axes_that_hold(model, first)
+    if stated and decisions:
+        lost = next(d for d in decisions if isinstance(d, Skipped))
+        raise ExportFailed(
+            f"the model does not allow the axis that --input states: {lost.what}",
+            why=lost.reason,
+            next_step="state a single size for it, such as seq=128..128 or just 128",
+        )
+    settled = replace(model, signature=kept, decisions=(*model.decisions, *decisions))
+    return replace(settled, program=_program(settled))
+
+
+def _program(model: Model) -> torch.export.ExportedProgram:
+    signature = model.signature
+    dims = {a.name: torch.export.Dim(a.name, min=a.min, max=a.max) for a in signature.axes}
+    shapes = [{i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs]
+    return _export(model, shapes)
+
+
+def _export(model: Model, shapes: list[dict[int, Any]]) -> torch.export.ExportedProgram:
+    assert model.module is not None
+    arrays = sample(model.signature, _capture_point(model.signature), np.random.default_rng(0))
+    tensors = tuple(torch.from_numpy(a) for a in arrays.values())
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(model.module, tensors, dynamic_shapes=(tuple(shapes),))
+    except Exception as error:
+        raise ExportFailed(
+            f"torch.export cannot capture {model.name}",
+            why=reason(error),
+            next_step="avoid Python control flow on tensor values in forward(), or fix the axis that is named",
+        ) from None
+
+
+def _capture_point(signature: Signature) -> dict[str, int]:
+    """Sizes that torch.export does not take for constants (0 and 1 are special to it), all different."""
+    return {a.name: min(a.max, max(a.min, 2 + 3 * index)) for index, a in enumerate(signature.axes)}
+
+
+def _axes_that_hold(model: Model, refused: ExportFailed) -> tuple[Signature, list[Decision]]:
+    """Let torch.export decide which axes can vary, and freeze or narrow the others."""
+    signature = model.signature
+    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}  # type: ignore[operator]
+    shapes = [{i: hints[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs]
+    program = _export(model, shapes)
+    lead = signature.inputs[0].shape[0] if signature.inputs[0].shape else None
+    decisions: list[Decision] = []
+    for axis in signature.axes:
+        captured = _captured_axis(program, signature, axis)
+        if isinstance(captured, Axis):
+            if captured != axis:
+                what = f"axis {axis.name} narrowed to {captured.min}..{captured.max}"
+                decisions.append(Applied(what=what, detail=refused.why))
+                axes = tuple(captured if a.name == axis.name else a for a in signature.axes)
+                signature = replace(signature, axes=axes)
+            continue
+        size = captured if captured is not None else axis.min if axis.name == lead else axis.max
+        decisions.append(Skipped(what=f"dynamic axis {axis.name}, fixed at {size}", reason=refused.why))
+        signature = signature.freeze_axis(axis.name, size)
+    if not decisions:
+        raise refused
+    return signature, decisions
+
+
+def _captured_axis(program: torch.export.ExportedProgram, signature: Signature, axis: Axis) -> Axis | int | None:
+    """How the capture sees an axis: still free (with its range), a constant, or None for anything else."""
+    places = {
+        spec_index: spec.shape.index(axis.name)
+        for spec_index, spec in enumerate(signature.inputs)
+        if axis.name in spec.shape
+    }
+    index, dim = next(iter(places.items()))
+    node = next(n for n in program.graph.nodes if n.name == program.graph_signature.user_inputs[index])
+    size = node.meta["val"].shape[dim]
+    if isinstance(size, int):
+        return None if size != axis.min else size
+    bounds = program.range_constraints.get(size.node.expr)
+    if bounds is None or not size.node.expr.is_symbol:
+        return None
+    low, high = max(axis.min, int(bounds.lower)), min(axis.max, int(bounds.upper))
+    # A lower bound of 2 is torch.export's own assumption, not the model's.
+    return Axis(name=axis.name, min=axis.min if low == 2 else low, max=high)
+
+
+def reason(error: BaseException) -> str:
+    """The first lines of an exception that say something, without a traceback."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    told = [line for line in lines if line and not line.startswith(("File ", "Traceback", "^", "%", "#", "==", "--"))]
+    return f"{type(error).__name__}: {' '.join(told[:3])[:400]}" if told else type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters warn of their own internals: nothing that a user could act on."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

@@ -1,0 +1,95 @@
+"""ONNX, through torch.onnx's dynamo exporter."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kpdeploy.errors import ExportFailed
+
+if TYPE_CHECKING:
+    from kpdeploy.export.capture import Capture
+
+OPSET = 20
+"""The newest opset that ONNX Runtime 1.17 and later load: Gelu is an operator in it."""
+
+PROTOBUF_LIMIT_BYTES = 1_800_000_000
+"""A protobuf holds 2 GB: larger weights go to a file beside the graph."""
+
+
+def export(capture: Capture, folder: Path) -> None:
+    """Write model.onnx (and model.onnx.data for large weights) into `folder`."""
+    if capture.model.kind == "onnx":
+        assert capture.model.path is not None
+        _copy(capture.model.path, folder)
+        return
+    target = folder / "model.onnx"
+    if "onnx_file" in capture.__dict__:
+        for file in capture.onnx_file.parent.iterdir():
+            (folder / file.name).hardlink_to(file)
+        return
+    from kpdeploy.export.capture import quiet, reason
+
+    try:
+        with quiet():
+            import torch
+
+            program = torch.onnx.export(capture.program, dynamo=True, opset_version=OPSET, verbose=False)
+        assert program is not None
+        _name_tensors(program.model, capture)
+        large = sum(v.const_value.nbytes for v in program.model.graph.initializers.values()) > PROTOBUF_LIMIT_BYTES
+        program.save(str(target), external_data=large)
+    except ExportFailed:
+        raise
+    except Exception as error:
+        raise ExportFailed(
+            f"{capture.model.name} cannot be written as ONNX",
+            why=reason(error.__cause__ or error),
+            next_step="try another format: --format openvino, torchscript or pt2",
+        ) from None
+
+
+def _copy(path: Path, folder: Path) -> None:
+    """Copy an ONNX model with its external data, which it names relative to itself."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    shutil.copyfile(path, folder / "model.onnx")
+    names = {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in names:
+        if Path(name).name != name:
+            raise ExportFailed(f"{path} keeps its weights outside its own folder", why=f"location {name!r}")
+        shutil.copyfile(path.parent / name, folder / name)
+
+
+def _name_tensors(model: Any, capture: Capture) -> None:
+    """Give inputs, outputs and axes the signature's names, moving other values that hold one of them."""
+    import onnx_ir as ir
+
+    graph, signature = model.graph, capture.signature
+    wanted = {spec.name for spec in (*signature.inputs, *signature.outputs)}
+    values = {output for node in ir.traversal.RecursiveGraphIterator(graph) for output in node.outputs}
+    for value in (*graph.inputs, *graph.initializers.values(), *values):
+        if value.name in wanted:
+            value.name = f"{value.name}__inner"
+    for value, spec in zip(graph.inputs, signature.inputs, strict=True):
+        value.name = spec.name
+        value.shape = ir.Shape(spec.shape)
+    taken: set[Any] = set(graph.inputs) | set(graph.initializers.values())
+    for index, spec in enumerate(signature.outputs):
+        value = graph.outputs[index]
+        if value in taken:  # one value under two names, or an input passed through
+            node = ir.node("Identity", [value])
+            graph.append(node)
+            value = node.outputs[0]
+            value.dtype, value.type = graph.outputs[index].dtype, graph.outputs[index].type
+            graph.outputs[index] = value
+        taken.add(value)
+        value.name = spec.name
+        value.shape = ir.Shape([d if d != -1 else f"{spec.name}_{i}" for i, d in enumerate(spec.shape)])

@@ -1,0 +1,104 @@
+"""The first step: the MODEL argument, whatever it is, becomes a Model with a known signature."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kpdeploy.errors import ModelNotFound, UnknownName
+from kpdeploy.model import Model
+
+DEFAULT_MAX_BATCH = 8
+
+KINDS = """\
+a shipped example (minilm); package.module:factory; a Hugging Face folder; a .pt2 exported program;
+a TorchScript .pt; an .onnx file; timm:NAME; transformers:ARCH"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user said about the model beside its name.
+
+    `inputs`: texts as `kpdeploy.signature.parse_inputs` reads. `example`: an .npz with one array per input.
+    `max_batch`: the largest batch of models whose inputs do not say it themselves.
+    """
+
+    inputs: Sequence[str] = ()
+    example: Path | None = None
+    task: str | None = None
+    name: str | None = None
+    max_batch: int = DEFAULT_MAX_BATCH
+
+
+def load_model(argument: str, request: Request | None = None) -> Model:
+    """Load MODEL.
+
+    Raises:
+        ModelNotFound, ModelBroken, ModelUnsafe, FactoryFailed, FactoryReturned, TaskUnknown, PackageMissing: the
+            model itself.
+        InputsUnknown, InputSyntax, InputMismatch, ModelRejectsInputs, OutputUnusable: its inputs and outputs.
+    """
+    request = request or Request()
+    return _loader(argument)(argument, request)
+
+
+def _loader(argument: str) -> Callable[[str, Request], Model]:
+    from kpdeploy.load import examples, factory, files, huggingface
+
+    if argument in examples.EXAMPLES:
+        return examples.load
+    scheme = argument.partition(":")[0]
+    if scheme == "timm":
+        return huggingface.load_timm
+    if scheme == "transformers":
+        return huggingface.load_architecture
+    path = Path(argument)
+    if path.is_dir():
+        return huggingface.load_folder
+    if path.suffix in files.LOADERS:
+        if not path.is_file():
+            raise ModelNotFound(
+                f"there is no file {argument}", why=_near_file(path), next_step="check the path and its spelling"
+            )
+        return files.LOADERS[path.suffix]
+    if path.is_file():
+        raise ModelNotFound(
+            f"{argument} is a file of an unknown kind",
+            why=f"its name ends in {path.suffix or 'nothing'}; known are {', '.join(files.LOADERS)}",
+            next_step=f"MODEL is one of: {KINDS}",
+        )
+    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", argument):
+        return factory.load
+    near = difflib.get_close_matches(argument, examples.EXAMPLES, n=1)
+    raise ModelNotFound(
+        f"there is no model {argument!r}",
+        why="it is no shipped example, no file and no folder" + (f"; did you mean {near[0]!r}?" if near else ""),
+        next_step=f"MODEL is one of: {KINDS}",
+    )
+
+
+def _near_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
+    return f"did you mean {folder / near[0]}?" if near else f"{folder} holds no file of that name"
+
+
+def choose(kind: str, given: str, known: Sequence[str]) -> str:
+    """`given` if it is known, else UnknownName with the nearest known name."""
+    if given in known:
+        return given
+    near = difflib.get_close_matches(given, known, n=1)
+    raise UnknownName(
+        f"unknown {kind} {given!r}" + (f": did you mean {near[0]!r}?" if near else ""),
+        next_step=f"use one of {', '.join(known)}",
+    )
+
+
+def model_name(text: str) -> str:
+    """A name for the repository's folder: lower case letters, digits, - and _ only."""
+    return re.sub(r"[^a-z0-9_-]+", "-", text.lower()).strip("-") or "model"

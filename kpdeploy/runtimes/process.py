@@ -1,0 +1,115 @@
+"""The other end of worker.py: an artifact in a fresh process, asked from this one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from kpdeploy.artifact import Artifact
+from kpdeploy.errors import ProofFailed
+from kpdeploy.inputs import Array
+from kpdeploy.runtimes import source
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+class RuntimeProcess:
+    """An artifact loaded from disk in a process of its own. A context manager: the process ends with it.
+
+    Raises:
+        ProofFailed: the artifact cannot be loaded or run, with the runtime's own words.
+    """
+
+    def __init__(self, artifact: Artifact, settings: Mapping[str, Any] | None = None) -> None:
+        self.artifact = artifact
+        self.settings = dict(artifact.settings if settings is None else settings)
+        self.peak_bytes = 0
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="kpdeploy-run-")
+        self._log = (Path(self._folder.name) / "log").open("w+b")
+        self._process = subprocess.Popen(
+            # -P keeps this package's folder off sys.path: its onnx.py is not the package onnx.
+            [sys.executable, "-P", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        artifact = self.artifact
+        job = {
+            "runtime_file": str(source(artifact.format)),
+            "path": str(artifact.path),
+            "inputs": list(artifact.input_names),
+            "outputs": list(artifact.output_names),
+            "settings": self.settings,
+        }
+        try:
+            self._ask({"load": job}, "loaded")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                stream.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        self._folder.cleanup()
+
+    def run(self, arrays: Sequence[Array]) -> list[Array]:
+        """One call: arrays in call order in, arrays in the order of the outputs out."""
+        into = Path(self._folder.name) / "out.npz"
+        self._ask({"run": self._write(arrays), "into": str(into)}, "run")
+        with np.load(into, allow_pickle=False) as file:
+            found = [file[str(i)] for i in range(len(file.files))]
+        into.unlink()
+        return found
+
+    def time(self, arrays: Sequence[Array], *, seconds: float, at_least: int) -> list[float]:
+        """Milliseconds of single calls, for about `seconds`."""
+        reply = self._ask({"time": self._write(arrays), "seconds": seconds, "at_least": at_least}, "run")
+        return list(reply["milliseconds"])
+
+    def _write(self, arrays: Sequence[Array]) -> str:
+        path = Path(self._folder.name) / "in.npz"
+        np.savez(path, **{str(i): a for i, a in enumerate(arrays)})  # type: ignore[arg-type]
+        return str(path)
+
+    def _ask(self, job: Mapping[str, Any], verb: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        reply: dict[str, Any] = json.loads(line) if line else {"error": self._last_words()}
+        if "error" in reply:
+            raise ProofFailed(
+                f"{self.artifact.filename} cannot be {verb} by its runtime",
+                why=str(reply["error"])[:600],
+                next_step=f"try another format, or report it with the model ({self.artifact.format})",
+            )
+        self.peak_bytes = reply["peak_bytes"]
+        return reply
+
+    def _last_words(self) -> str:
+        code = self._process.wait(timeout=5)
+        self._log.seek(0)
+        tail = self._log.read().decode(errors="replace").strip().splitlines()[-3:]
+        return f"its process ended with code {code}: {' / '.join(tail)}"
