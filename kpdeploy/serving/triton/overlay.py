@@ -1,0 +1,148 @@
+"""A repository for the bundled server, made from a native one: the same models, run by Triton's python backend.
+
+The bundled tritonserver has no onnxruntime, openvino or pytorch backend. An overlay's model.py loads the very artifact
+of the native repository, in the runtime that proved it; nothing of the native repository is copied or changed.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from kpdeploy.artifact import Manifest
+from kpdeploy.deployment import Deployment
+from kpdeploy.errors import RepositoryBroken
+from kpdeploy.runtimes import PACKAGES, source
+from kpdeploy.serving.triton.config import CONFIG, WARMUP, read_config, write_config
+
+BACKENDS = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "pytorch", "pt2": "pytorch"}
+"""The folder name of the native backend that NVIDIA's container runs each format with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """One deployment as the server runs it: `native` by a backend of its own, else through the overlay."""
+
+    deployment: Deployment
+    native: bool
+    runtime: str
+    instances: int
+
+    def __str__(self) -> str:
+        manifest = self.deployment.manifest
+        what = f"{manifest.model} v{manifest.version}: {manifest.filename} run by"
+        backend = BACKENDS[manifest.format]
+        if self.native:
+            return f"{what} Triton's {backend} backend"
+        return (
+            f"{what} {self.runtime} inside Triton's python backend; "
+            f"NVIDIA's container runs the same file with its {backend} backend"
+        )
+
+
+def write_overlay(
+    deployment: Deployment, folder: Path, *, backends_dir: Path | None, versions: Mapping[str, str]
+) -> Served:
+    """Write `folder/<model>`, replacing what is there; `versions` are those of the runtime packages.
+
+    Raises:
+        DigestMismatch: a file of the native repository is not the one that was proven.
+        RepositoryBroken: config.pbtxt cannot be read.
+    """
+    manifest = deployment.manifest
+    version_folder = Path(deployment.folder).absolute()
+    model_folder = version_folder.parent
+    manifest.check_files(version_folder)
+    target = folder / manifest.model
+    if backends_dir is not None and (backends_dir / BACKENDS[manifest.format]).is_dir():
+        _replace_link(target, model_folder)
+        return Served(deployment=deployment, native=True, runtime=BACKENDS[manifest.format], instances=0)
+    if target.is_symlink():
+        target.unlink()
+    files = target / str(manifest.version)
+    files.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source(manifest.format), files / "runtime.py")
+    shutil.copyfile(str(importlib.resources.files(__package__) / "overlay_model.py"), files / "model.py")
+    config = overlay_config(_native_config(model_folder / CONFIG))
+    (files / "artifact.json").write_text(json.dumps(artifact(manifest, version_folder, config), default=list))
+    if (model_folder / WARMUP).is_dir():
+        _replace_link(target / WARMUP, model_folder / WARMUP)
+    # config.pbtxt comes last, as in the native repository: it names the version.
+    aside = target / f"{CONFIG}.part"
+    aside.write_text(write_config(config))
+    aside.replace(target / CONFIG)
+    package = PACKAGES[manifest.format][0]
+    runtime = f"{package} {versions.get(package, '')}".strip()
+    return Served(deployment=deployment, native=False, runtime=runtime, instances=instances(config))
+
+
+def _native_config(path: Path) -> Any:
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RepositoryBroken(f"{path} cannot be read", why=str(error), next_step="export the model again") from None
+    return read_config(text, where=str(path))
+
+
+def overlay_config(native: Any) -> Any:
+    """The native configuration, served by the python backend: names, shapes, batching, warm-up and versions stay."""
+    config = ModelConfig()
+    config.CopyFrom(native)
+    for field in ("platform", "default_model_filename", "cc_model_filenames", "optimization", "model_operations"):
+        config.ClearField(field)
+    # Parameters of native backends mean nothing, or something else, to the python backend.
+    config.ClearField("parameters")
+    config.backend = "python"
+    # The runtimes here are those of the CPU, whatever the native backend would use.
+    if not config.instance_group:
+        config.instance_group.add()
+    for group in config.instance_group:
+        group.kind = group.KIND_CPU
+        group.count = max(group.count, 1)
+        group.ClearField("gpus")
+    return config
+
+
+def instances(config: Any) -> int:
+    """How many processes run the model."""
+    return sum(group.count for group in config.instance_group)
+
+
+def artifact(manifest: Manifest, version_folder: Path, config: Any) -> dict[str, Any]:
+    """What model.py loads: artifact.json."""
+    settings = dict(manifest.settings)
+    if (count := instances(config)) > 1 and not settings.get("threads"):
+        settings["threads"] = max(1, len(os.sched_getaffinity(0)) // count)
+    if libraries := settings.get("op_libraries"):
+        settings["op_libraries"] = [str(version_folder / library) for library in libraries]
+    return {
+        "path": str(version_folder / manifest.filename),
+        "inputs": manifest.input_names,
+        "outputs": manifest.output_names,
+        "settings": settings,
+    }
+
+
+def link_backends(folder: Path, python_backend: Sequence[Path], *, backends_dir: Path | None) -> None:
+    """Fill the server's backend directory: the bundled python backend, and links to all in `backends_dir`."""
+    for entry in sorted(backends_dir.iterdir()) if backends_dir else ():
+        if entry.name != "python":
+            _replace_link(folder / entry.name, entry.absolute())
+    python = folder / "python"
+    python.mkdir(parents=True, exist_ok=True)
+    for file in python_backend:
+        _replace_link(python / file.name, file)
+
+
+def _replace_link(link: Path, target: Path) -> None:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)

@@ -1,0 +1,318 @@
+"""A real tritonserver on this machine: started, proven ready, watched, and ended without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kpdeploy.baseline import Baseline
+from kpdeploy.deployment import Deployment
+from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied
+from kpdeploy.progress import Progress
+from kpdeploy.runtimes import PACKAGES
+from kpdeploy.serving.client import connect, replay
+from kpdeploy.serving.triton import control
+from kpdeploy.serving.triton.environment import ServerEnvironment, ensure_environment, installed, runtime_pins
+from kpdeploy.serving.triton.overlay import Served, link_backends, write_overlay
+from kpdeploy.serving.triton.ports import Ports, claim
+from kpdeploy.serving.triton.process import TritonProcess
+from kpdeploy.serving.triton.repository import local_path, read_repository
+from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
+
+WATCH_INTERVAL_S = 1.0
+SILENT = Progress()
+
+
+@contextmanager
+def serve(
+    repo: str | Path,
+    *,
+    http_port: int = 8000,
+    grpc_port: int = 8001,
+    metrics_port: int = 8002,
+    host: str = "127.0.0.1",
+    backends_dir: Path | None = None,
+    poll: bool = False,
+    ready_timeout_s: float = 120,
+    progress: Progress = SILENT,
+) -> Iterator[Server]:
+    """Serve all models of a repository until the block ends; inside it every golden request came back right.
+
+    Args:
+        repo: a folder, or an fsspec URL, which is fetched first.
+        http_port, grpc_port, metrics_port: 0 chooses a free one.
+        host: the address to listen at. Triton has no passwords: other than loopback is open to the network.
+        backends_dir: a folder of native backends (`onnxruntime/libtriton_onnxruntime.so`, …). Models whose backend
+            it holds run natively; all others through an overlay on the python backend.
+        poll: serve new versions when they are published.
+        ready_timeout_s: seconds to load and to answer right.
+
+    Raises:
+        RepositoryBroken, DigestMismatch: the repository is not what was proven.
+        PortInUse, ServerUnavailable, LibraryMissing: the server cannot be started here.
+        ModelLoadFailed, ServerDied, NotReady: it was, and does not serve.
+    """
+    with scratch() as space:
+        local = fetch(local_path(repo), space, progress)
+        deployments = read_repository(local)
+        ports = claim(Ports(host=host, http=http_port, grpc=grpc_port, metrics=metrics_port))
+        environment = ensure_environment(progress, pins=runtime_pins(d.manifest for d in deployments))
+        if ports.open_to_network:
+            progress.say(f"listening at {host}: anyone who reaches this machine can use and unload the models")
+        server = Server(local, ports, space, environment, backends_dir=backends_dir, progress=progress)
+        try:
+            server.start(deployments, ready_timeout_s=ready_timeout_s)
+            server.watch(poll=poll)
+            yield server
+        finally:
+            server.stop()
+
+
+def fetch(repo: str, space: Scratch, progress: Progress) -> str:
+    """The repository as a local folder: a URL's files are copied."""
+    if "://" not in repo:
+        return repo
+    import fsspec
+
+    folder = space.folder / "native"
+    try:
+        with progress.step(f"fetching {repo}"):
+            files, path = fsspec.core.url_to_fs(repo)
+            files.get(path.rstrip("/") + "/", str(folder) + "/", recursive=True)
+    except Exception as error:  # each file system of fsspec has exceptions of its own
+        raise RepositoryBroken(
+            f"the repository {repo} cannot be fetched",
+            why=str(error),
+            next_step="check the address and the credentials, or copy the repository to a folder",
+        ) from None
+    return str(folder)
+
+
+class Server:
+    """A running tritonserver. `served` says what it runs, `ports` where it listens, `log` what it wrote."""
+
+    def __init__(
+        self,
+        repo: str,
+        ports: Ports,
+        space: Scratch,
+        environment: ServerEnvironment,
+        *,
+        backends_dir: Path | None,
+        progress: Progress,
+    ) -> None:
+        self.ports = ports
+        self.served: dict[str, Served] = {}
+        self._repo = repo
+        self._space = space
+        self._environment = environment
+        self._backends_dir = backends_dir
+        self._progress = progress
+        self._process: TritonProcess | None = None
+        self._timeout_s = 0.0
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._closing = threading.Event()
+        self._ended = threading.Event()
+        self._failure: KpdeployError | None = None
+        self._watcher: threading.Thread | None = None
+
+    @property
+    def http(self) -> str:
+        return f"{self.ports.client_host}:{self.ports.http}"
+
+    @property
+    def grpc(self) -> str:
+        return f"{self.ports.client_host}:{self.ports.grpc}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://{self.ports.client_host}:{self.ports.metrics}/metrics"
+
+    @property
+    def log(self) -> Path:
+        return self._space.log
+
+    @property
+    def process(self) -> TritonProcess:
+        assert self._process is not None
+        return self._process
+
+    def start(self, deployments: Sequence[Deployment], *, ready_timeout_s: float) -> None:
+        """Write the overlay, start the process, and wait until every golden request came back right."""
+        deadline = time.monotonic() + ready_timeout_s
+        self._timeout_s = ready_timeout_s
+        self._seen = published(self._repo)
+        with self._progress.step("checking the digests of the artifacts", total=len(deployments)) as advance:
+            for deployment in deployments:
+                self._write(deployment)
+                advance()
+        backends = self._space.folder / "backends"
+        link_backends(backends, self._environment.python_backend, backends_dir=self._backends_dir)
+        with self._progress.step("starting tritonserver and loading the models"):
+            self._process = TritonProcess(self._environment, self.ports, self._space)
+            self._await_loaded(deadline)
+        with self._progress.step("sending the golden requests", total=len(deployments)) as advance:
+            for deployment in deployments:
+                self._prove(deployment)
+                advance()
+
+    def watch(self, *, poll: bool) -> None:
+        """From now on load models again whose process died and, with `poll`, new versions."""
+        self._watcher = threading.Thread(target=self._watch, kwargs={"poll": poll}, name="kpdeploy-watch", daemon=True)
+        self._watcher.start()
+
+    def wait(self) -> None:
+        """Block for as long as the server serves; returns never, or by raising ServerDied or ModelLoadFailed."""
+        # In slices, so that signals are handled.
+        while not self._ended.wait(0.5):
+            pass
+        raise self._failure or self._died()
+
+    def stop(self) -> None:
+        """End the process, its group and its shared memory."""
+        self._closing.set()
+        try:
+            if self._watcher is not None:
+                self._watcher.join(WATCH_INTERVAL_S)
+        finally:
+            if self._process is not None:
+                self._process.stop()
+
+    def _write(self, deployment: Deployment) -> None:
+        packages = {package for names in PACKAGES.values() for package in names}
+        versions = {package: installed(package) or "" for package in packages}
+        proven = deployment.manifest.environment.get("packages", {})
+        folder = self._space.folder / "repository"
+        served = write_overlay(deployment, folder, backends_dir=self._backends_dir, versions=versions)
+        self.served[deployment.model] = served
+        for package in () if served.native else PACKAGES[deployment.manifest.format]:
+            here = versions[package]
+            if here and proven.get(package, here) != here:
+                self._progress.say(f"{deployment.model} was proven with {package} {proven[package]}; here is {here}")
+
+    def _await_loaded(self, deadline: float) -> None:
+        while time.monotonic() < deadline:
+            if self.process.exit_status() is not None:
+                raise self._died()
+            models = [m for m in control.index(self.http) or [] if m["name"] in self.served]
+            for model in models:
+                if model.get("state") == "UNAVAILABLE" and model.get("reason") not in (None, "", "unloaded"):
+                    raise control.load_failed(model["name"], model["reason"])
+            if {m["name"] for m in models if m.get("state") == "READY"} == set(self.served):
+                return
+            time.sleep(0.1)
+        raise NotReady(
+            "the server did not load all models in time",
+            why=self.process.log_tail(3),
+            next_step=f"give it more time with --ready-timeout, or read {kept_log(self._space)}",
+        )
+
+    def _prove(self, deployment: Deployment) -> None:
+        baseline = Baseline.read(Path(deployment.folder))
+        try:
+            with connect(f"grpc://{self.grpc}") as client:
+                comparisons = replay(client, deployment, baseline)
+        except KpdeployError as error:
+            why = f"{error.what}: {error.why}" if error.why else error.what
+            comparisons = []
+        else:
+            wrong = [c for c in comparisons if not c.passed]
+            if comparisons and not wrong:
+                return
+            why = ", ".join(f"{c.output} is off by {c.error:.1e}, at most {c.tolerance:.1e} is right" for c in wrong)
+        raise NotReady(
+            f"{deployment.model} is loaded, and does not give its golden answers",
+            why=why or "it has no golden requests",
+            next_step=f"export the model again on this machine; the server's log is {kept_log(self._space)}",
+        )
+
+    def _died(self) -> ServerDied:
+        return ServerDied(
+            f"tritonserver ended by itself (exit status {self.process.exit_status()})",
+            why=self.process.log_tail(),
+            next_step=f"read its log, {kept_log(self._space)}",
+        )
+
+    def _watch(self, *, poll: bool) -> None:
+        try:
+            while not self._closing.wait(WATCH_INTERVAL_S):
+                if self.process.exit_status() is not None:
+                    break
+                self._revive()
+                if poll:
+                    self._refresh()
+        except KpdeployError as error:
+            self._failure = error
+        finally:
+            self._ended.set()
+
+    def _revive(self) -> None:
+        """Load a model again when one of its python processes is gone: Triton itself says READY and fails requests."""
+        living = Counter(self.process.stubs().values())
+        for model, served in self.served.items():
+            if served.native or living[model] >= served.instances:
+                continue
+            if self._closing.is_set() or self.process.exit_status() is not None:
+                return
+            self._progress.say(f"{model}: the process that runs it died; loading it again")
+            started = time.monotonic()
+            control.load(self.http, model, timeout_s=self._timeout_s)
+            self._prove(served.deployment)
+            self._progress.say(f"{model}: serves again, after {time.monotonic() - started:.1f} s")
+
+    def _refresh(self) -> None:
+        """Serve what was published since; what cannot be served is told, and the version before it stays."""
+        seen = published(self._repo)
+        if seen == self._seen:
+            return
+        changed = {model for model, stamp in seen.items() if self._seen.get(model) != stamp}
+        gone = self.served.keys() - seen.keys()
+        self._seen = seen
+        try:
+            for deployment in read_repository(self._repo):
+                if deployment.model in changed:
+                    self._renew(deployment)
+        except RepositoryBroken as error:
+            self._progress.say(f"no new version is served: {error.what}")
+        for model in gone:
+            self._remove(model)
+
+    def _renew(self, deployment: Deployment) -> None:
+        before = self.served.get(deployment.model)
+        try:
+            self._write(deployment)
+            control.load(self.http, deployment.model, timeout_s=self._timeout_s)
+            self._prove(deployment)
+            self._progress.say(f"new: {self.served[deployment.model]}")
+        except KpdeployError as error:
+            self._progress.say(f"{deployment.model} v{deployment.version} is not served: {error.what}: {error.why}")
+            if before is None:
+                self.served.pop(deployment.model, None)
+            else:
+                self.served[deployment.model] = before
+
+    def _remove(self, model: str) -> None:
+        del self.served[model]
+        with contextlib.suppress(OSError):
+            control.unload(self.http, model)
+        target = self._space.folder / "repository" / model
+        if target.is_symlink():
+            target.unlink()
+        shutil.rmtree(target, ignore_errors=True)
+        self._progress.say(f"{model}: removed from the repository, and no longer served")
+
+
+def published(repo: str) -> dict[str, tuple[int, int]]:
+    """What each model's config.pbtxt is, by model: replacing that file publishes a version."""
+    stamps = {}
+    for config in Path(repo).glob("*/config.pbtxt"):
+        with contextlib.suppress(FileNotFoundError):
+            stat = config.stat()
+            stamps[config.parent.name] = (stat.st_ino, stat.st_mtime_ns)
+    return stamps
