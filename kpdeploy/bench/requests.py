@@ -1,0 +1,111 @@
+"""What is sent: valid tensors at one point of the model's range, as the server names them, from the repository's
+manifest or from what the server says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tritonclient.utils import triton_to_np_dtype
+
+from kpdeploy.artifact import Manifest
+from kpdeploy.errors import InputMismatch, InputsUnknown
+from kpdeploy.inputs import Array, middle_point, sample
+from kpdeploy.signature import DTYPES, Axis, Signature, TensorSpec, Values
+
+UNBOUNDED = 2**31 - 1
+BATCH = "batch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How requests are made: a signature, the server's name of each input, the point; `notes`: what was guessed."""
+
+    signature: Signature
+    names: Mapping[str, str]
+    point: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+    def requests(self, count: int) -> list[dict[str, Array]]:
+        """`count` distinct requests, by the server's names; the same ones each time."""
+        rng = np.random.default_rng(0)
+        drawn = (sample(self.signature, self.point, rng) for _ in range(count))
+        return [{self.names[name]: array for name, array in tensors.items()} for tensors in drawn]
+
+    @property
+    def described(self) -> tuple[str, ...]:
+        return tuple(
+            f"{self.names[s.name]}:{s.dtype}[{','.join(map(str, s.dims(self.point)))}]" for s in self.signature.inputs
+        )
+
+
+def from_repository(repo: Path, model: str, version: str, shape: Mapping[str, int]) -> Recipe:
+    """Requests by the manifest of the version that the server runs.
+
+    Raises:
+        RepositoryBroken: the repository does not hold that version.
+        InputMismatch: `shape` names no axis of the model, or leaves its range.
+    """
+    manifest = Manifest.read(repo / model / version)
+    names = {spec.name: served for spec, served in zip(manifest.signature.inputs, manifest.input_names, strict=True)}
+    return Recipe(signature=manifest.signature, names=names, point=_point(manifest.signature, shape))
+
+
+def from_server(metadata: Mapping[str, Any], *, max_batch_size: int, shape: Mapping[str, int]) -> Recipe:
+    """Requests by the server's own metadata (the v2 protocol's, as a dict), which knows no axis names and no values.
+
+    The leading dimension of a model that batches is `batch`; another free dimension is `dim1`, `dim2`, … by its
+    position, or has the name that `shape` gives where only one is left on both sides.
+
+    Raises:
+        InputsUnknown: an input holds strings or another dtype that cannot be made up.
+        InputMismatch: `shape` names no dimension of the model.
+    """
+    specs = tuple(_spec(entry, batches=max_batch_size > 0) for entry in metadata["inputs"])
+    free = {d: None for spec in specs for d in spec.shape if isinstance(d, str)}
+    unnamed, unmatched = [d for d in free if d not in shape and d != BATCH], [d for d in shape if d not in free]
+    if len(unnamed) == len(unmatched) == 1:
+        shape = {unnamed[0] if d == unmatched[0] else d: size for d, size in shape.items()}
+    limits = {BATCH: max_batch_size} if max_batch_size else {}
+    signature = Signature(inputs=specs, axes=tuple(Axis(name=d, min=1, max=limits.get(d, UNBOUNDED)) for d in free))
+    point = _point(signature, shape)
+    notes = []
+    if guessed := [s.name for s in specs if s.values is None and np.dtype(s.dtype).kind in "iub"]:
+        notes.append(f"integers of {', '.join(guessed)} are 0 and 1: give --repo for the model's own range")
+    if chosen := [f"{d}={point[d]}" for d in free if d not in shape]:
+        notes.append(f"free dimensions chosen here: {', '.join(chosen)}; --shape sets them")
+    return Recipe(signature=signature, names={s.name: s.name for s in specs}, point=point, notes=tuple(notes))
+
+
+def _spec(entry: Mapping[str, Any], *, batches: bool) -> TensorSpec:
+    # gRPC's JSON has 64-bit integers as strings, HTTP's as numbers.
+    dims = [int(d) for d in entry["shape"]]
+    shape = tuple((BATCH if batches and i == 0 else f"dim{i}") if d < 0 else d for i, d in enumerate(dims))
+    found = triton_to_np_dtype(entry["datatype"])
+    dtype = np.dtype(found).name if found is not None else entry["datatype"]
+    if dtype not in DTYPES:
+        raise InputsUnknown(
+            f"input {entry['name']} is {entry['datatype']}, for which no request can be made up",
+            next_step="give --repo with the repository that the model was exported to",
+        )
+    values = Values(kind="prefix_mask") if entry["name"].endswith("mask") and dims else None
+    return TensorSpec(name=entry["name"], dtype=dtype, shape=shape, values=values)
+
+
+def _point(signature: Signature, shape: Mapping[str, int]) -> dict[str, int]:
+    axes = {axis.name: axis for axis in signature.axes}
+    for name, size in shape.items():
+        if name not in axes:
+            known = ", ".join(f"{a.name}={a.min}..{a.max if a.max < UNBOUNDED else ''}" for a in axes.values())
+            raise InputMismatch(
+                f"the model has no dynamic axis {name!r}", next_step=f"it has {known or 'none: leave --shape out'}"
+            )
+        if not axes[name].min <= size <= axes[name].max:
+            raise InputMismatch(
+                f"{name}={size} is outside of the model's range",
+                next_step=f"{name} goes from {axes[name].min} to {axes[name].max}",
+            )
+    return {**middle_point(signature, batch=1), **shape}

@@ -1,0 +1,123 @@
+"""How a request reaches the server: bytes made once, beforehand, so that sending costs the generator little.
+
+Both wires have `send(index)`, which sends the request of that index and returns "" or the reason why it failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+from urllib.parse import quote
+
+from tritonclient.utils import np_to_triton_dtype
+
+from kpdeploy.inputs import Array
+
+Requests = Sequence[Mapping[str, Array]]
+
+
+class Wire(Protocol):
+    async def send(self, index: int) -> str: ...
+
+    async def close(self) -> None: ...
+
+
+class GrpcWire:
+    """Unary gRPC over one channel (HTTP/2 multiplexes the requests). Answers are received whole and not parsed."""
+
+    def __init__(self, url: str, model: str, requests: Requests, timeout_seconds: float) -> None:
+        import grpc
+
+        unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+        self._rpc_error = grpc.aio.AioRpcError
+        self._channel = grpc.aio.insecure_channel(url, options=unlimited)
+        # Without serializers the channel takes and gives bytes.
+        self._infer = self._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        self._bodies = [_grpc_body(model, tensors) for tensors in requests]
+        self._timeout = timeout_seconds
+
+    async def send(self, index: int) -> str:
+        try:
+            await self._infer(self._bodies[index % len(self._bodies)], timeout=self._timeout)
+        except self._rpc_error as error:
+            if error.code().name == "DEADLINE_EXCEEDED":
+                return _no_answer(self._timeout)
+            return _reason(error.code().name, error.details() or "")
+        return ""
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+def _grpc_body(model: str, tensors: Mapping[str, Array]) -> bytes:
+    from tritonclient.grpc import service_pb2
+
+    request = service_pb2.ModelInferRequest(model_name=model)
+    for name, array in tensors.items():
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        request.raw_input_contents.append(array.tobytes())
+    body: bytes = request.SerializeToString()
+    return body
+
+
+class HttpWire:
+    """The v2 protocol over HTTP with binary tensors, a kept-alive connection for each request in flight."""
+
+    def __init__(self, url: str, model: str, requests: Requests, timeout_seconds: float) -> None:
+        import aiohttp
+
+        self._failures = (aiohttp.ClientError, OSError)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=timeout_seconds)
+        )
+        self._address = f"http://{url}/v2/models/{quote(model)}/infer"
+        self._bodies = [_http_body(tensors) for tensors in requests]
+        self._timeout = timeout_seconds
+
+    async def send(self, index: int) -> str:
+        body, headers = self._bodies[index % len(self._bodies)]
+        try:
+            async with self._session.post(self._address, data=body, headers=headers) as answer:
+                content = await answer.read()
+        except TimeoutError:
+            return _no_answer(self._timeout)
+        except self._failures as error:
+            return _reason(type(error).__name__, str(error))
+        return "" if answer.status == 200 else _reason(f"HTTP {answer.status}", _http_error(content))
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+def _http_body(tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, str]]:
+    from tritonclient.http import InferenceServerClient, InferInput
+
+    inputs = []
+    for name, array in tensors.items():
+        entry = InferInput(name, list(array.shape), np_to_triton_dtype(array.dtype))
+        entry.set_data_from_numpy(array, binary_data=True)
+        inputs.append(entry)
+    body, json_bytes = InferenceServerClient.generate_request_body(inputs)
+    return body, {"Inference-Header-Content-Length": str(json_bytes)} if json_bytes is not None else {}
+
+
+def _http_error(content: bytes) -> str:
+    import json
+
+    try:
+        return str(json.loads(content)["error"])
+    except (ValueError, KeyError, TypeError):
+        return content[:200].decode(errors="replace")
+
+
+def _no_answer(timeout_seconds: float) -> str:
+    return f"no answer in {timeout_seconds:g} s"
+
+
+def _reason(code: str, message: str) -> str:
+    """One text for all failures of one cause: the first line, without the request's id."""
+    first = next(iter(message.strip().splitlines()), "").removeprefix("[request id: <id_unknown>] ")
+    return f"{code}: {first[:200]}" if first else code
+
+
+WIRES: dict[str, Callable[[str, str, Requests, float], Wire]] = {"grpc": GrpcWire, "http": HttpWire}
