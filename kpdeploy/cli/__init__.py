@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 
 import click
 
@@ -59,12 +60,18 @@ class LazyCommands(click.Group):
 
 @click.group(cls=LazyCommands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", message="kpdeploy %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """A PyTorch model, fast, correct and watched in production.
 
     kpdeploy exports a model, proves the artifact equal to the original in the runtime that will serve it, packages
     it as a model repository, and serves it.
     """
+    if Path("kpdeploy.toml").is_file():
+        from kpdeploy.cli.config import read_config
+
+        assert isinstance(ctx.command, click.Group)
+        ctx.default_map = read_config(Path(), ctx.command, ctx)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What the user sees: tables, progress bars, errors, and JSON for machines. Results go to stdout, the rest to stderr."""
+"""What the user sees: tables, progress bars, errors, and JSON. Results go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -86,10 +85,14 @@ def show_defect(error: Exception) -> None:
 
 
 class BarProgress(Progress):
-    """Bars on stderr for steps, and lines that stay."""
+    """Bars on stderr for steps, and lines that stay; a plain line a step where stderr is no terminal (a CI log)."""
 
     @contextmanager
     def step(self, title: str, *, total: int | None = None) -> Iterator[Callable[[], None]]:
+        if not err.is_terminal:
+            err.print(title, markup=False)
+            yield lambda: None
+            return
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()]
         with Bars(*columns, console=err, transient=True) as bars:
             task = bars.add_task(title, total=total)

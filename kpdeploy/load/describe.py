@@ -131,7 +131,7 @@ def _with_valid_values(flat: Flat, signature: Signature) -> tuple[Signature, lis
     unknown = {s.name for s in signature.inputs if s.values is None and np.dtype(s.dtype).kind in "iu"}
     if not unknown:
         return signature, []
-    arrays = sample(signature, _small_point(signature, 2), np.random.default_rng(SEED))
+    arrays = sample(signature, _small_point(signature), np.random.default_rng(SEED))
     tensors = to_tensors(arrays)
     with _Lookups() as lookups:
         _run(flat, tensors, signature)
@@ -152,16 +152,18 @@ def _with_valid_values(flat: Flat, signature: Signature) -> tuple[Signature, lis
 def _same(index: torch.Tensor, tensor: torch.Tensor) -> bool:
     if index.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
         return True
-    return index.numel() == tensor.numel() and tensor.unique().numel() > 2 and bool(torch.equal(index, tensor.to(index)))
+    return (
+        index.numel() == tensor.numel() and tensor.unique().numel() > 2 and bool(torch.equal(index, tensor.to(index)))
+    )
 
 
 def _with_outputs(flat: Flat, signature: Signature) -> tuple[Signature, list[Decision]]:
     """Name the outputs and find their dynamic axes, by running at two points whose sizes all differ."""
     decisions: list[Decision] = []
     answers = []
-    for shift in (0, 1):
-        point = _small_point(signature, 2 + shift)
-        tensors = to_tensors(sample(signature, point, np.random.default_rng(SEED + shift)))
+    for doubled in (False, True):
+        point = _small_point(signature, doubled=doubled)
+        tensors = to_tensors(sample(signature, point, np.random.default_rng(SEED + doubled)))
         answers.append((point, _run(flat, tensors, signature)))
     (first_point, first), (second_point, second) = answers
     if not first:
@@ -190,12 +192,14 @@ def _free(first: int, second: int, a: Mapping[str, int], b: Mapping[str, int]) -
     return first if first == second else -1
 
 
-def _small_point(signature: Signature, batch: int) -> dict[str, int]:
-    """Small sizes that differ from axis to axis and from one `batch` to the next, within each axis' range."""
+def _small_point(signature: Signature, *, doubled: bool = False) -> dict[str, int]:
+    """Small sizes that differ from axis to axis; twice as large (so that a stride shows too) when `doubled`."""
     point: dict[str, int] = {}
     for index, axis in enumerate(signature.axes):
-        size = batch if index == 0 else 3 * batch + 2 * index
-        point[axis.name] = axis.min + (size - axis.min) % (axis.max - axis.min + 1) if axis.max > axis.min else axis.min
+        size = 2 + 5 * index if axis.min <= 2 + 5 * index else axis.min + 5 * index
+        small = min(size, axis.max)
+        large = min(2 * size + 1, axis.max)
+        point[axis.name] = (large if large != small else axis.min) if doubled else small
     return point
 
 
@@ -204,9 +208,7 @@ def _run(flat: Flat, tensors: Sequence[torch.Tensor], signature: Signature) -> l
         with torch.inference_mode():
             return list(named_tensors(flat.call(tensors)))
     except Exception as error:
-        shapes = ", ".join(
-            f"{s.name}:{s.dtype}{list(t.shape)}" for s, t in zip(signature.inputs, tensors, strict=True)
-        )
+        shapes = ", ".join(f"{s.name}:{s.dtype}{list(t.shape)}" for s, t in zip(signature.inputs, tensors, strict=True))
         raise ModelRejectsInputs(
             f"the model raised when called with {shapes}",
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
@@ -215,7 +217,7 @@ def _run(flat: Flat, tensors: Sequence[torch.Tensor], signature: Signature) -> l
 
 
 def _check_answers(flat: Flat, signature: Signature) -> None:
-    arrays = sample(signature, _small_point(signature, 2), np.random.default_rng(SEED))
+    arrays = sample(signature, _small_point(signature), np.random.default_rng(SEED))
     first, second = (_run(flat, to_tensors(arrays), signature) for _ in range(2))
     for (name, a), (_, b) in zip(first, second, strict=True):
         one, two = (t.to(WIDER.get(t.dtype, t.dtype)).numpy() for t in (a, b))

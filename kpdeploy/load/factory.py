@@ -63,9 +63,7 @@ def from_module(
             why=f"forward() takes ({', '.join(_parameters(module))})",
             next_step="give the inputs the names of forward's parameters",
         )
-    return model_from_module(
-        module, signature, name=model_name(request.name or name), source=source, keywords=keywords
-    )
+    return model_from_module(module, signature, name=model_name(request.name or name), source=source, keywords=keywords)
 
 
 def _find(module_name: str, attribute: str) -> Any:
@@ -93,9 +91,7 @@ def _find(module_name: str, attribute: str) -> Any:
             import difflib
 
             near = difflib.get_close_matches(part, dir(found), n=1)
-            raise ModelNotFound(
-                f"{module_name} has no {attribute!r}", why=f"did you mean {near[0]!r}?" if near else ""
-            )
+            raise ModelNotFound(f"{module_name} has no {attribute!r}", why=f"did you mean {near[0]!r}?" if near else "")
         found = getattr(found, part)
     return found
 
@@ -127,7 +123,10 @@ def _named(module: torch.nn.Module, example: Any) -> dict[str, Array]:
             why="they are a tensor, a sequence of tensors, or a dict of tensors by name",
             next_step="return (module, {'input_name': tensor, …})",
         )
-    return {name: tensor.detach().cpu().float().numpy() if tensor.dtype is torch.bfloat16 else tensor.detach().cpu().numpy() for name, tensor in example.items()}
+    return {
+        name: tensor.detach().cpu().float().numpy() if tensor.dtype is torch.bfloat16 else tensor.detach().cpu().numpy()
+        for name, tensor in example.items()
+    }
 
 
 def _parameters(module: torch.nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import torch
 
 from kpdeploy.artifact import sha256
 from kpdeploy.decision import Applied, Decision
-from kpdeploy.errors import InputMismatch, ModelBroken, ModelRejectsInputs, ModelUnsafe, PackageMissing
-from kpdeploy.inputs import default_values, sample
+from kpdeploy.errors import InputMismatch, ModelBroken, ModelUnsafe, PackageMissing
+from kpdeploy.inputs import default_values
 from kpdeploy.load import Request, model_name
 from kpdeploy.load.describe import example_from_npz, model_from_module, require_inputs, signature_from_example
 from kpdeploy.model import Model
@@ -197,22 +197,6 @@ def load_torchscript(argument: str, request: Request) -> Model:
         kind="torchscript",
     )
     return model
-
-
-def reference_onnx(model: Model, arrays: Sequence[Any]) -> list[Any]:
-    """The answers of an ONNX model as ONNX Runtime computes them without optimizing the graph."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])
-    names = [spec.name for spec in model.signature.inputs]
-    try:
-        return list(session.run(None, dict(zip(names, arrays, strict=True))))
-    except Exception as error:
-        raise ModelRejectsInputs(
-            f"the graph of {model.path} raised", why=str(error).splitlines()[0], next_step="state --input ranges"
-        ) from None
 
 
 def _archive(path: Path) -> list[str]:

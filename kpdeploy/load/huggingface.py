@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kpdeploy.artifact import sha256
-from kpdeploy.decision import Applied
+from kpdeploy.decision import Applied, Decision
 from kpdeploy.errors import InputsUnknown, ModelBroken, ModelNotFound, ModelUnsafe, PackageMissing, TaskUnknown
 from kpdeploy.load import Request, choose, model_name
 from kpdeploy.load.describe import model_from_module
@@ -35,6 +35,9 @@ TASKS = {
 
 LONGEST = 512
 """The longest sequence that is offered when the config allows more: state --input to get more."""
+
+IMAGE_SIZE = 224
+"""Height and width of images where the config states none: what most image models were trained with."""
 
 
 def load_folder(argument: str, request: Request) -> Model:
@@ -126,7 +129,9 @@ def load_timm(argument: str, request: Request) -> Model:
     try:
         import timm
     except (ImportError, RuntimeError) as error:
-        raise PackageMissing(f"{argument} needs the package timm", why=str(error), next_step="pip install timm") from None
+        raise PackageMissing(
+            f"{argument} needs the package timm", why=str(error), next_step="pip install timm"
+        ) from None
     name = choose("timm model", argument.partition(":")[2], timm.list_models())
     torch.manual_seed(0)
     module = timm.create_model(name, pretrained=False).eval()
@@ -162,7 +167,9 @@ def sentence_encoder(folder: Path) -> SentenceEncoder:
     transformers = _transformers()
     steps = [step["type"].rsplit(".", 1)[-1] for step in json.loads((folder / "modules.json").read_text())]
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
-    kinds = [name.removeprefix("pooling_mode_") for name, on in pooling.items() if name.startswith("pooling_mode_") and on]
+    kinds = [
+        name.removeprefix("pooling_mode_") for name, on in pooling.items() if name.startswith("pooling_mode_") and on
+    ]
     kinds = kinds or [pooling.get("pooling_mode", "")]
     kind = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}.get(kinds[0])
     if len(kinds) != 1 or kind is None or set(steps) - {"Transformer", "Pooling", "Normalize"}:
@@ -188,7 +195,7 @@ def describe_transformer(
 
     Of an encoder-decoder, the encoder. `names` are the inputs that its tokenizer makes.
     """
-    decisions = []
+    decisions: list[Decision] = []
     if getattr(config, "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
         module = module.get_encoder()
         decisions.append(Applied(what="the encoder of an encoder-decoder", detail="decoding is a loop around a model"))
@@ -196,21 +203,21 @@ def describe_transformer(
         config.use_cache = False
     if request.inputs or request.example:
         return from_module(module, None, request, name=name, source=source)
-    signature = transformer_inputs(module, config, max_batch=request.max_batch, names=names)
+    signature, assumed = transformer_inputs(module, config, max_batch=request.max_batch, names=names)
     return model_from_module(
         module,
         signature,
         name=model_name(request.name or name),
         source=source,
         keywords=True,
-        decisions=decisions,
+        decisions=(*decisions, *assumed),
     )
 
 
 def transformer_inputs(
     module: torch.nn.Module, config: Any, *, max_batch: int, names: tuple[str, ...] = ()
-) -> Signature:
-    """What a transformers module takes, read from its forward() and its config.
+) -> tuple[Signature, list[Decision]]:
+    """What a transformers module takes, read from its forward() and its config, and what had to be assumed.
 
     Raises:
         InputsUnknown: it takes none of input_ids, pixel_values, input_values, input_features.
@@ -219,16 +226,14 @@ def transformer_inputs(
     main = getattr(module, "main_input_name", None)
     wanted = [main] if main in parameters else parameters
     if "input_ids" in wanted:
-        return _text(module, config, max_batch, names)
+        return _text(module, config, max_batch, names), []
     if "pixel_values" in wanted:
-        config = getattr(config, "vision_config", config)
-        size = config.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return _images((getattr(config, "num_channels", 3), height, width), "pixel_values", max_batch)
+        return _pixels(getattr(config, "vision_config", config), max_batch)
+    config = getattr(config, "audio_config", config)
     if "input_values" in wanted:
-        return _audio("input_values", (), max_batch)
+        return _audio("input_values", _spectrogram(config), max_batch), []
     if "input_features" in wanted:
-        return _audio("input_features", (config.num_mel_bins,), max_batch, frames=2 * config.max_source_positions)
+        return _audio("input_features", _features(config), max_batch), []
     raise InputsUnknown(
         f"the inputs of {type(module).__name__} cannot be told from its config",
         why=f"forward() takes {', '.join(parameters[:6])}",
@@ -264,17 +269,49 @@ def _longest(module: torch.nn.Module, config: Any) -> int:
     return min(rows - offset, LONGEST)
 
 
+def _pixels(config: Any, max_batch: int) -> tuple[Signature, list[Decision]]:
+    size = getattr(config, "image_size", None)
+    decisions: list[Decision] = []
+    if size is None:
+        size = IMAGE_SIZE
+        decisions.append(
+            Applied(what=f"images of {size}×{size}", detail="the config states no size; state yours with --input")
+        )
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return _images((getattr(config, "num_channels", 3), height, width), "pixel_values", max_batch), decisions
+
+
 def _images(size: tuple[int, ...], name: str, max_batch: int) -> Signature:
     spec = TensorSpec(name=name, dtype="float32", shape=("batch", *size))
     return Signature(inputs=(spec,), axes=(Axis(name="batch", min=1, max=max_batch),))
 
 
-def _audio(name: str, channels: tuple[int, ...], max_batch: int, frames: int | None = None) -> Signature:
-    axes = [Axis(name="batch", min=1, max=max_batch)]
-    if frames is None:
-        axes.append(Axis(name="samples", min=4000, max=32_000))
-    spec = TensorSpec(name=name, dtype="float32", shape=("batch", *channels, frames or "samples"))
-    return Signature(inputs=(spec,), axes=tuple(axes))
+def _spectrogram(config: Any) -> tuple[int | Axis, ...]:
+    """Dims of input_values after the batch: a waveform, or [frames, bins] where the config counts mel bins."""
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return config.max_length, config.num_mel_bins
+    return (Axis(name="samples", min=4000, max=32_000),)
+
+
+def _features(config: Any) -> tuple[int | Axis, ...]:
+    """Dims of input_features after the batch. Whisper's are [bins, frames] of a fixed length, others' [frames, bins]."""
+    widths = ("input_feat_per_channel", "feature_projection_input_dim")
+    width = next((getattr(config, key) for key in widths if hasattr(config, key)), None)
+    if width is not None:
+        longest = min(getattr(config, "max_source_positions", LONGEST), LONGEST)
+        return Axis(name="frames", min=16, max=longest), width * getattr(config, "input_channels", 1)
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+        return config.num_mel_bins, 2 * config.max_source_positions
+    raise InputsUnknown(
+        "the width of input_features cannot be told from the config",
+        next_step='state it: --input "input_features:float32[batch=1..8,frames=16..512,80]"',
+    )
+
+
+def _audio(name: str, dims: tuple[int | Axis, ...], max_batch: int) -> Signature:
+    axes = (Axis(name="batch", min=1, max=max_batch), *(d for d in dims if isinstance(d, Axis)))
+    shape = ("batch", *(d.name if isinstance(d, Axis) else d for d in dims))
+    return Signature(inputs=(TensorSpec(name=name, dtype="float32", shape=shape),), axes=axes)
 
 
 def weights_digest(folder: Path) -> dict[str, str]:

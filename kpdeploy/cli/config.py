@@ -1,0 +1,76 @@
+"""kpdeploy.toml: every option of every command, under the command's name. The command line wins.
+
+[export]
+target = "triton"
+input = ["input_ids:int64[batch=1..32,seq=1..512]"]
+
+[serve]
+http-port = 9000
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kpdeploy.errors import ConfigFileBroken
+
+FILENAME = "kpdeploy.toml"
+
+
+def read_config(folder: Path, root: click.Group, ctx: click.Context) -> dict[str, dict[str, Any]]:
+    """The defaults that folder/kpdeploy.toml sets, by command and parameter name; empty where there is none.
+
+    Raises:
+        ConfigFileBroken: it is not TOML, or names a command or an option that does not exist.
+    """
+    path = folder / FILENAME
+    if not path.is_file():
+        return {}
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigFileBroken(f"{path} cannot be read", why=str(error), next_step="correct the line") from None
+    return {name: _options(path, name, table, root, ctx) for name, table in tables.items()}
+
+
+def _options(path: Path, name: str, table: Any, root: click.Group, ctx: click.Context) -> dict[str, Any]:
+    command = root.get_command(ctx, name)
+    if command is None or not isinstance(table, dict):
+        raise _unknown(path, f"[{name}]", name, root.list_commands(ctx))
+    known = {
+        text.lstrip("-"): parameter.name
+        for parameter in command.params
+        for text in (parameter.opts if isinstance(parameter, click.Option) else ())
+    }
+    found = {}
+    for key, value in table.items():
+        parameter = known.get(key.replace("_", "-")) or known.get(key)
+        if parameter is None:
+            raise _unknown(path, f"{key} under [{name}]", key, list(known))
+        found[parameter] = value
+    return found
+
+
+def _unknown(path: Path, what: str, word: str, known: list[str]) -> ConfigFileBroken:
+    near = difflib.get_close_matches(word, known, n=1)
+    return ConfigFileBroken(
+        f"{path} holds {what}, which does not exist",
+        why=f"did you mean {near[0]!r}?" if near else "",
+        next_step=f"use one of {', '.join(known)}",
+    )
+
+
+def configured_by_model(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Read the kpdeploy.toml beside MODEL, if MODEL is a path: it stands above that of the current folder."""
+    path = Path(value)
+    folder = path if path.is_dir() else path.parent if path.exists() else None
+    root = ctx.find_root()
+    if folder is not None and isinstance(root.command, click.Group) and ctx.info_name is not None:
+        found = read_config(folder, root.command, root).get(ctx.info_name, {})
+        ctx.default_map = {**(ctx.default_map or {}), **found}
+    return value

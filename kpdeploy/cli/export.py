@@ -1,0 +1,152 @@
+"""`kpdeploy export`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kpdeploy.cli.config import configured_by_model
+
+if TYPE_CHECKING:
+    from kpdeploy.pipeline import Candidate, ExportReport
+
+EPILOG = """\b
+Examples:
+  kpdeploy export minilm --target triton --repo models/
+  kpdeploy export mypackage.models:make_encoder --repo models/
+  kpdeploy export ./my-hf-folder --task text-classification --format onnx
+  kpdeploy export net.pt --input "x:float32[batch=1..16,3,224,224]"
+  kpdeploy export s.onnx --repo s3://bucket/models
+
+Every option can stand in a kpdeploy.toml beside the model, under [export]; the command line wins.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model", metavar="MODEL", is_eager=True, callback=configured_by_model)
+@click.option("--target", default="triton", show_default=True, help="The server to package for: triton.")
+@click.option(
+    "--repo",
+    default="models",
+    show_default=True,
+    metavar="DIR|URL",
+    help="The model repository: a folder, or an fsspec URL (s3://…). Exporting again makes the next version.",
+)
+@click.option(
+    "--format",
+    default="auto",
+    show_default=True,
+    help="onnx, openvino, torchscript, pt2; auto proves and measures them all, and packages the fastest.",
+)
+@click.option("--name", help="The model's name in the repository.  [default: from MODEL]")
+@click.option("--task", help="What a Hugging Face folder is for, where its config does not tell.")
+@click.option(
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="SPEC",
+    help='One input: "name:dtype[dims]{values}", such as "ids:int64[batch=1..32,seq=1..512]{0..30521}". A name with '
+    "a range is a dynamic axis; {low..high} are the valid values, {mask} a padding mask.",
+)
+@click.option("--example", type=click.Path(dir_okay=False), help="An .npz with one array per input.")
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1),
+    help="The largest batch, where the inputs do not state it.  [default: 8]",
+)
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="DTYPE=ERROR",
+    help="The largest relative error accepted for a dtype, such as float32=1e-4.  [default: float32=1e-5]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(model: str, tolerances: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Export MODEL, prove the artifact equal to it, and package it for a server.
+
+    MODEL is a shipped example (minilm), package.module:factory, a Hugging Face folder, a .pt2 exported program, a
+    TorchScript .pt, an .onnx file, timm:NAME or transformers:ARCH.
+
+    Each format is written, reloaded from disk in a fresh process in the runtime that will serve it, and compared with
+    the unmodified model over its whole dynamic range. What fails is not packaged.
+    """
+    from kpdeploy.cli import console
+    from kpdeploy.pipeline import export
+
+    report = export(
+        model,
+        target=options["target"],
+        repo=options["repo"],
+        format=options["format"],
+        name=options["name"],
+        task=options["task"],
+        input=options["inputs"],
+        example=options["example"],
+        max_batch=options["max_batch"],
+        tolerance=parse_tolerances(tolerances),
+        progress=console.progress(json_output=as_json),
+    )
+    if as_json:
+        console.print_json(report.to_json())
+    else:
+        show(report)
+
+
+def parse_tolerances(texts: tuple[str, ...]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: write it as float32=1e-4", param_hint="--tolerance") from None
+    return found
+
+
+def show(report: ExportReport) -> None:
+    """The table of all candidates, the decisions, and what was packaged."""
+    from kpdeploy.cli import console
+
+    points = [entry.point for entry in report.baseline.latencies]
+    headers = [f"p50 ms {'x'.join(str(size) for size in point.values()) or 'fixed'}" for point in points]
+    manifest = report.deployment.manifest
+    rows: list[tuple[object, ...]] = [
+        ("unmodified model", "", "", *(f"{entry.p50_ms:.2f}" for entry in report.baseline.latencies), "")
+    ]
+    rows += [_row(candidate, len(points), chosen=candidate is report.chosen) for candidate in report.candidates]
+    console.table(("format", "proof", "error / tolerance", *headers, ""), rows, title=f"{manifest.model}")
+    for candidate in report.candidates:
+        if not candidate.passed:
+            console.out.print(f"  [dim]{candidate.format} is out:[/] {candidate.reason}", markup=True)
+    for decision in report.decisions:
+        if told := _told(decision, report):
+            console.out.print(f"  [dim]{told}[/]")
+    console.out.print()
+    batch = f"batches up to {manifest.max_batch_size}" if manifest.max_batch_size else "does not batch"
+    console.out.print(
+        f"packaged [bold]{manifest.model}[/] version {manifest.version} as {manifest.format} ({batch}) "
+        f"in {report.deployment.folder}, {report.seconds:.0f} s"
+    )
+    console.next_command(f"kpdeploy serve {report.deployment.repository}")
+
+
+def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ...]:
+    from kpdeploy.cli import console
+
+    name = " ".join((candidate.format, *(str(v) for v in candidate.settings.values())))
+    if candidate.verdict is None:
+        return (name, console.mark(False), "", *([""] * points), "")
+    worst = candidate.verdict.worst
+    times = [f"{entry.p50_ms:.2f}" for entry in candidate.latencies] or [""] * points
+    error = f"{worst.error:.1e} / {worst.tolerance:.0e}"
+    return (name, console.mark(candidate.passed), error, *times, "packaged" if chosen else "")
+
+
+def _told(decision: Any, report: ExportReport) -> str:
+    """A decision as a line, unless the table says it already."""
+    formats = {candidate.format for candidate in report.candidates}
+    if decision.what.split(" ")[0] in formats and "machine code" not in decision.what:
+        return ""
+    return f"{decision.what}: {getattr(decision, 'detail', '') or getattr(decision, 'reason', '')}"

@@ -1,0 +1,452 @@
+"""The only file that joins steps: load, export, verify, and package into a server's repository."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kpdeploy.artifact import Artifact, Latency, Manifest, Verdict
+from kpdeploy.baseline import Baseline, Exchange
+from kpdeploy.compare import TOLERANCES
+from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.deployment import Deployment
+from kpdeploy.errors import ExportFailed, FormatUnavailable, KpdeployError, PackageMissing, ProofFailed, UnknownName
+from kpdeploy.hardware import environment
+from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
+from kpdeploy.model import Model
+from kpdeploy.progress import Progress
+from kpdeploy.runtimes.process import RuntimeProcess
+from kpdeploy.signature import Point, Signature
+from kpdeploy.verify import Question, failure, prove, questions
+
+if TYPE_CHECKING:
+    import torch
+
+    from kpdeploy.export import Capture, Format
+
+TARGETS = {"triton": ("onnx", "openvino", "torchscript", "pt2")}
+"""Each target and the formats that it serves, in the order in which they are tried."""
+
+ROUNDS = 3
+ROUND_SECONDS = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One format with one set of runtime settings: what its proof and its measurement showed.
+
+    `reason` says why it is out; then `artifact` and `verdict` are None where it did not get that far.
+    """
+
+    format: str
+    settings: Mapping[str, Any]
+    artifact: Artifact | None = None
+    verdict: Verdict | None = None
+    latencies: tuple[Latency, ...] = ()
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.verdict is not None and self.verdict.passed
+
+    @property
+    def score(self) -> float:
+        """The geometric mean of the median latencies in milliseconds: smaller is faster."""
+        return math.exp(statistics.fmean(math.log(entry.p50_ms) for entry in self.latencies))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "settings": dict(self.settings),
+            "passed": self.passed,
+            "reason": self.reason,
+            "bytes": self.artifact.bytes if self.artifact is not None and self.artifact.folder.is_dir() else None,
+            "verdict": asdict(self.verdict) if self.verdict is not None else None,
+            "latencies": [asdict(entry) for entry in self.latencies],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What `export` did: every candidate, every decision, and where the result is."""
+
+    deployment: Deployment
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    decisions: tuple[Decision, ...]
+    baseline: Baseline
+    seconds: float
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "repository": self.deployment.repository,
+            "folder": self.deployment.folder,
+            "seconds": round(self.seconds, 2),
+            "peak_bytes": self.peak_bytes,
+            "baseline": [asdict(entry) for entry in self.baseline.latencies],
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "manifest": self.deployment.manifest.to_json(),
+        }
+
+
+def export(
+    model: str | torch.nn.Module,
+    inputs: Any = None,
+    *,
+    target: str = "triton",
+    repo: str | os.PathLike[str] = "models",
+    format: str = "auto",
+    name: str | None = None,
+    task: str | None = None,
+    input: Sequence[str] = (),
+    example: str | os.PathLike[str] | None = None,
+    max_batch: int | None = None,
+    tolerance: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export a model, prove each artifact, and publish the fastest that passed as the next version in `repo`.
+
+    Args:
+        model: a MODEL as the command line takes it, or a module.
+        inputs: example inputs of a module: a tensor, a sequence, or a dict by the names of forward's parameters.
+        target: the server, a key of TARGETS.
+        repo: the repository's folder, or any fsspec URL.
+        format: "auto", or one format.
+        input: texts such as "input_ids:int64[batch=1..32,seq=1..512]"; example: an .npz with one array per input.
+        max_batch: the largest batch of inputs that do not say it themselves.
+        tolerance: largest relative errors by dtype, in place of kpdeploy.compare.TOLERANCES.
+
+    Raises:
+        KpdeployError: any of its kinds; then nothing was published.
+    """
+    started = time.perf_counter()
+    progress = progress or Progress()
+    _check_choices(target, format)
+    tolerances = _tolerances(tolerance)
+    with progress.step("loading the model"):
+        loaded = _load(model, inputs, name=name, task=task, texts=input, example=example, max_batch=max_batch)
+    with tempfile.TemporaryDirectory(prefix="kpdeploy-export-") as scratch:
+        work = Path(scratch)
+        settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
+        candidates = _try_formats(settled, _formats(target, format), asked, tolerances, work, progress)
+        candidates = _measure(candidates, settled.signature, progress)
+        chosen = _choose(candidates, format, asked)
+        decisions = (*settled.decisions, *_decided(candidates, chosen))
+        manifest = _manifest(settled, target, candidates, chosen, tolerances, decisions)
+        with progress.step(f"publishing {settled.name} in {repo}"):
+            deployment = _publish(str(repo), manifest, chosen, baseline)
+    return ExportReport(
+        deployment=deployment,
+        candidates=tuple(candidates),
+        chosen=chosen,
+        decisions=deployment.manifest.decisions,
+        baseline=baseline,
+        seconds=time.perf_counter() - started,
+        peak_bytes=_peak_bytes(),
+    )
+
+
+def _check_choices(target: str, format: str) -> None:
+    from kpdeploy.load import choose
+
+    choose("target", target, tuple(TARGETS))
+    choose("format", format, ("auto", *TARGETS[target]))
+
+
+def _tolerances(given: Mapping[str, float] | None) -> dict[str, float]:
+    unknown = set(given or ()) - set(TOLERANCES)
+    if unknown:
+        raise UnknownName(f"unknown dtype {min(unknown)!r} in a tolerance", next_step=f"use {', '.join(TOLERANCES)}")
+    return {**TOLERANCES, **(given or {})}
+
+
+def _load(
+    model: str | torch.nn.Module,
+    inputs: Any,
+    *,
+    name: str | None,
+    task: str | None,
+    texts: Sequence[str],
+    example: str | os.PathLike[str] | None,
+    max_batch: int | None,
+) -> Model:
+    from kpdeploy.load import DEFAULT_MAX_BATCH, Request, load_model
+    from kpdeploy.load.factory import from_module
+
+    request = Request(
+        inputs=tuple(texts),
+        example=Path(example) if example is not None else None,
+        task=task,
+        name=name,
+        max_batch=max_batch or DEFAULT_MAX_BATCH,
+    )
+    if isinstance(model, str):
+        return load_model(model, request)
+    kind = type(model).__name__
+    return from_module(model, inputs, request, name=kind, source={"kind": "module", "class": kind})
+
+
+def _take_baseline(loaded: Model, *, stated: bool, progress: Progress) -> tuple[Model, list[Question], Baseline]:
+    """Settle the dynamic axes, then ask the unmodified model everything that will be asked of the artifacts."""
+    from kpdeploy.export.capture import settle_axes
+    from kpdeploy.load.reference import reference
+
+    with progress.step("capturing the graph"):
+        model = settle_axes(loaded, stated=stated)
+    with progress.step("taking the baseline of the unmodified model"):
+        rng = np.random.default_rng()
+        answer = reference(model)
+        asked = questions(model.signature, answer, rng)
+        exchanges = tuple(_exchange(model.signature, answer, point, rng) for point in _golden_points(model.signature))
+        latencies = tuple(_time_here(answer, model.signature, point) for point in measured_points(model.signature))
+    return model, asked, Baseline(exchanges=exchanges, latencies=latencies, environment=environment())
+
+
+def _golden_points(signature: Signature) -> list[dict[str, int]]:
+    """Small sizes, for golden requests are stored and replayed: alone, in a batch of two, and the smallest."""
+    lead = lead_axis(signature)
+    short = {a.name: min(a.max, max(a.min, 1 if a.name == lead else 16)) for a in signature.axes}
+    pair = {a.name: min(a.max, max(a.min, 2 if a.name == lead else 7)) for a in signature.axes}
+    smallest = {a.name: a.min for a in signature.axes}
+    points: list[dict[str, int]] = []
+    for point in (short, pair, smallest):
+        if point not in points:
+            points.append(point)
+    return points
+
+
+def _exchange(
+    signature: Signature, answer: Callable[[Tensors], dict[str, Array]], point: Point, rng: np.random.Generator
+) -> Exchange:
+    inputs = sample(signature, point, rng)
+    return Exchange(inputs=inputs, outputs=answer(inputs))
+
+
+def measured_points(signature: Signature) -> list[dict[str, int]]:
+    """Where speed is measured: one usual request alone, and a batch of eight."""
+    points = [middle_point(signature, batch=1), middle_point(signature, batch=8)]
+    return points[:1] if points[0] == points[1] else points
+
+
+def _time_here(answer: Callable[[Tensors], dict[str, Array]], signature: Signature, point: Point) -> Latency:
+    inputs = sample(signature, point, np.random.default_rng(0))
+    answer(inputs)
+    taken: list[float] = []
+    end = time.perf_counter() + ROUND_SECONDS
+    while len(taken) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        answer(inputs)
+        taken.append((time.perf_counter() - start) * 1e3)
+    return _latency(point, taken)
+
+
+def _latency(point: Point, taken_ms: Sequence[float]) -> Latency:
+    p50, p99 = np.percentile(taken_ms, [50, 99])
+    return Latency(point=dict(point), p50_ms=round(float(p50), 4), p99_ms=round(float(p99), 4), calls=len(taken_ms))
+
+
+def _formats(target: str, format: str) -> list[Format]:
+    from kpdeploy.export import FORMATS
+
+    names = TARGETS[target] if format == "auto" else (format,)
+    return [FORMATS[name] for name in names]
+
+
+def _try_formats(
+    model: Model,
+    formats: Sequence[Format],
+    asked: Sequence[Question],
+    tolerances: Mapping[str, float],
+    work: Path,
+    progress: Progress,
+) -> list[Candidate]:
+    """Export and prove each format. Where only one was asked for, its failure is the command's."""
+    from kpdeploy.export import Capture
+
+    capture = Capture(model, work)
+    candidates: list[Candidate] = []
+    for format in formats:
+        try:
+            artifact = _export_one(format, capture, work, progress)
+        except (ExportFailed, FormatUnavailable, PackageMissing) as error:
+            if len(formats) == 1:
+                raise
+            candidates.append(Candidate(format=format.name, settings={}, reason=_reason(error)))
+            continue
+        for settings in format.variants:
+            with progress.step(f"proving {_label(format.name, settings)} in a fresh process"):
+                candidates.append(_prove_one(replace(artifact, settings=settings), model, asked, tolerances))
+    return candidates
+
+
+def _export_one(format: Format, capture: Capture, work: Path, progress: Progress) -> Artifact:
+    folder = work / "artifacts" / format.name
+    folder.mkdir(parents=True)
+    minute = " (compiles for about a minute)" if format.name == "pt2" else ""
+    with progress.step(f"exporting {format.name}{minute}"):
+        format.export(capture, folder)
+    return Artifact(
+        format=format.name,
+        folder=folder,
+        filename=format.filename,
+        input_names=tuple(spec.name for spec in capture.signature.inputs),
+        output_names=tuple(spec.name for spec in capture.signature.outputs),
+    )
+
+
+def _prove_one(
+    artifact: Artifact, model: Model, asked: Sequence[Question], tolerances: Mapping[str, float]
+) -> Candidate:
+    candidate = Candidate(format=artifact.format, settings=artifact.settings, artifact=artifact)
+    try:
+        with RuntimeProcess(artifact) as process:
+            verdict = prove(process, model.signature, asked, tolerances, np.random.default_rng())
+    except ProofFailed as error:
+        return replace(candidate, reason=_reason(error))
+    return replace(
+        candidate, verdict=verdict, reason="" if verdict.passed else _reason(failure(artifact.format, verdict, asked))
+    )
+
+
+def _reason(error: KpdeployError) -> str:
+    return f"{error.what}: {error.why}" if error.why else error.what
+
+
+def _label(format: str, settings: Mapping[str, Any]) -> str:
+    said = ", ".join(f"{key} {value}" for key, value in settings.items())
+    return f"{format} ({said})" if said else format
+
+
+def _measure(candidates: Sequence[Candidate], signature: Signature, progress: Progress) -> list[Candidate]:
+    """Time all candidates that passed, round by round, so that a slow minute of the machine hits all alike."""
+    passed = [c for c in candidates if c.passed]
+    points = measured_points(signature)
+    taken: dict[tuple[int, int], list[float]] = {}
+    with ExitStack() as stack, progress.step("measuring what passed", total=ROUNDS * len(passed)) as advance:
+        processes = [stack.enter_context(RuntimeProcess(c.artifact)) for c in passed if c.artifact is not None]
+        for _ in range(ROUNDS):
+            for index, process in enumerate(processes):
+                for where, point in enumerate(points):
+                    arrays = list(sample(signature, point, np.random.default_rng(0)).values())
+                    times = process.time(arrays, seconds=ROUND_SECONDS, at_least=3)
+                    taken.setdefault((index, where), []).extend(times)
+                advance()
+    measured = {
+        id(c): replace(c, latencies=tuple(_latency(p, taken[index, where]) for where, p in enumerate(points)))
+        for index, c in enumerate(passed)
+    }
+    return [measured.get(id(c), c) for c in candidates]
+
+
+def _choose(candidates: Sequence[Candidate], format: str, asked: Sequence[Question]) -> Candidate:
+    passed = [c for c in candidates if c.passed]
+    if passed:
+        return min(passed, key=lambda c: c.score)
+    judged = [c for c in candidates if c.verdict is not None]
+    if format != "auto" and judged and judged[0].verdict is not None:
+        raise failure(format, judged[0].verdict, asked)
+    kind = ProofFailed if any(c.artifact is not None for c in candidates) else ExportFailed
+    raise kind(
+        "no format passed; nothing was packaged" if format == "auto" else f"the {format} artifact failed its proof",
+        why="\n      ".join(f"{_label(c.format, c.settings)}: {c.reason}" for c in candidates),
+        next_step="fix what is named, or state what you accept: --tolerance float32=1e-4",
+    )
+
+
+def _decided(candidates: Sequence[Candidate], chosen: Candidate) -> Iterator[Decision]:
+    for candidate in candidates:
+        label = _label(candidate.format, candidate.settings)
+        if candidate is chosen:
+            yield Applied(what=label, detail="the fastest that passed its proof, over the measured points")
+        elif candidate.passed:
+            yield Skipped(what=label, reason=f"{candidate.score / chosen.score:.2f} x the time of {chosen.format}")
+        else:
+            yield Skipped(what=label, reason=candidate.reason)
+    assert chosen.verdict is not None
+    for note in chosen.verdict.notes:
+        yield Skipped(what="dynamic batching", reason=note)
+    if chosen.format == "pt2":
+        reason = "NVIDIA's torch_aoti (beta) does not batch requests yet"
+        yield Skipped(what="dynamic batching", reason=reason)
+        yield Applied(what="pt2 is machine code for this CPU", detail="serve it where it was exported, or export there")
+    if chosen.format == "openvino":
+        detail = "NVIDIA's openvino backend has no setting for it, and takes bf16 on CPUs that have it"
+        yield Applied(what="float32 inference in `kpdeploy serve`", detail=f"{detail}: run `kpdeploy verify` there")
+
+
+def _manifest(
+    model: Model,
+    target: str,
+    candidates: Sequence[Candidate],
+    chosen: Candidate,
+    tolerances: Mapping[str, float],
+    decisions: Sequence[Decision],
+) -> Manifest:
+    from kpdeploy.serving.triton.config import served_names
+
+    assert chosen.verdict is not None
+    assert chosen.artifact is not None
+    inputs, outputs = served_names(chosen.format, model.signature)
+    return Manifest(
+        model=model.name,
+        version=0,
+        target=target,
+        format=chosen.format,
+        filename=chosen.artifact.filename,
+        signature=model.signature,
+        # A beta backend that documents batches as not done gets none, though the artifact itself passed them.
+        max_batch_size=0 if chosen.format == "pt2" else chosen.verdict.max_batch_size,
+        input_names=inputs,
+        output_names=outputs,
+        settings=chosen.settings,
+        files={},
+        tolerances=tolerances,
+        decisions=tuple(decisions),
+        formats=tuple(candidate.to_json() for candidate in candidates),
+        source={**model.source, "git": _git_state()},
+        environment=environment(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baseline) -> Deployment:
+    from kpdeploy.serving.triton.repository import publish
+
+    assert chosen.artifact is not None
+    baseline.write(chosen.artifact.folder)
+    return publish(repo, manifest, chosen.artifact.folder)
+
+
+def _git_state() -> dict[str, Any] | None:
+    """The commit that the user's folder stands at, and whether it has changes; None outside a checkout."""
+    if shutil.which("git") is None:
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (subprocess.SubprocessError, OSError):
+        return None
+
+
+def _peak_bytes() -> int:
+    """The largest resident size of this process and of any one of its children."""
+    import resource
+
+    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
