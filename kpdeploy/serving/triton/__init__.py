@@ -1,0 +1,1 @@
+"""Triton: the model repository, its configuration, and a server on this machine."""
