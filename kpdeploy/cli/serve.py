@@ -104,11 +104,12 @@ def _show(server: Server, repo: str, *, as_json: bool) -> None:
     rows = []
     for served in server.served.values():
         m = served.deployment.manifest
-        rows.append((m.model, m.version, m.format, served.runtime, m.max_batch_size, server.http, server.grpc))
-    console.table(("model", "version", "format", "runtime", "max batch", "HTTP", "gRPC"), rows)
+        rows.append((m.model, m.version, m.format, served.runtime, m.max_batch_size))
+    console.table(("model", "version", "format", "runtime", "max batch"), rows)
+    console.table(("", ""), [("HTTP", server.http), ("gRPC", server.grpc), ("metrics", server.metrics)])
     for served in server.served.values():
         console.err.print(f"[dim]{served}[/]")
-    console.err.print(f"[dim]metrics: {server.metrics}   log: {server.log}   Ctrl-C ends the server[/]")
+    console.err.print(f"[dim]log: {server.log}[/]\n[dim]ready; Ctrl-C ends the server[/]")
     console.next_command(f"kpdeploy verify {repo} --url {server.grpc}")
 
 

@@ -209,6 +209,13 @@ def _without_pip_target() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in elsewhere}
 
 
+def shared_libpython() -> str:
+    """The file of the shared libpython that the stub will find; empty if there is none."""
+    places = [sysconfig.get_config_var("LIBDIR") or "", f"/usr/lib/{sysconfig.get_config_var('MULTIARCH')}"]
+    files = (Path(place) / f"libpython{PYTHON}.so.1.0" for place in (*places, "/usr/lib64", "/usr/lib", "/lib64"))
+    return next((str(file) for file in files if file.is_file()), "")
+
+
 def check_libraries(environment: ServerEnvironment) -> None:
     """Raise LibraryMissing unless the server and its stub find every shared library they need."""
     missing: list[str] = []

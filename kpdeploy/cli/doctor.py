@@ -1,0 +1,160 @@
+"""`kpdeploy doctor`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from kpdeploy.hardware import Hardware
+
+EPILOG = """\b
+Examples:
+  kpdeploy doctor
+  kpdeploy doctor --json
+
+It only looks: nothing is installed, imported or changed, and the exit code is 0 whatever is missing.
+"""
+
+# Package, and what it is for.
+NEEDED = {
+    "torch": "loading and exporting models",
+    "onnx": "format onnx",
+    "onnxscript": "format onnx",
+    "onnxruntime": "format onnx",
+    "openvino": "format openvino",
+    "transformers": "Hugging Face models",
+    "safetensors": "Hugging Face models",
+    "timm": "timm:NAME models",
+    "tritonclient": "talking to a server",
+    "matplotlib": "bench --plot",
+}
+
+# What the bundled tritonserver is linked to.
+GLIBC = (2, 34)
+
+EXPORTERS = {
+    "onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
+    "torchscript": ("torch",),
+    "pt2": ("torch",),
+    "openvino": ("torch", "openvino"),
+}
+
+
+@click.command(epilog=EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(as_json: bool) -> None:
+    """Show what is on this machine, what is missing, and how to get it."""
+    from dataclasses import asdict
+
+    from kpdeploy.cli import console
+    from kpdeploy.hardware import detect
+
+    machine = detect()
+    tools = _tools()
+    formats = _formats(tools)
+    if as_json:
+        console.print_json(
+            {"hardware": asdict(machine), "packages": _packages(), "tools": tools, "formats": formats},
+        )
+        return
+    console.table(("hardware", ""), _hardware_rows(machine))
+    console.out.print()
+    rows = [(p["package"], p["version"] or "missing", p["for"], p["get"]) for p in _packages()]
+    console.table(("package", "version", "for", "to get it"), rows)
+    console.out.print()
+    console.table(("tool", "state", "to get it"), [(t["tool"], t["state"], t["get"]) for t in tools.values()])
+    console.out.print()
+    columns = ("format", "export here", "serve here (target triton)")
+    console.table(
+        columns,
+        [(f["format"], _can(f["export_needs"], []), _can(f["serve_needs"], f["serve_installs"])) for f in formats],
+    )
+    console.next_command("kpdeploy export minilm --target triton --repo models/")
+
+
+def _hardware_rows(machine: Hardware) -> list[tuple[str, str]]:
+    gpus = [f"{g.name}, capability {g.capability}, {_gb(g.memory_bytes)}, driver {g.driver}" for g in machine.gpus]
+    cores = f"{machine.physical_cores} physical, {machine.logical_cores} logical, {machine.usable_cores:g} usable"
+    return [
+        ("processor", machine.cpu),
+        ("cores", cores),
+        ("instructions", " ".join(machine.isa) or "none of those that matter"),
+        ("memory", _gb(machine.memory_bytes)),
+        *[("GPU", gpu) for gpu in gpus or ["none found"]],
+    ]
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
+
+
+def _packages() -> list[dict[str, str]]:
+    from kpdeploy.hardware import packages
+
+    found = packages()
+    return [
+        {"package": name, "version": found.get(name, ""), "for": why, "get": "" if name in found else _get(name)}
+        for name, why in NEEDED.items()
+    ]
+
+
+def _get(package: str) -> str:
+    if package == "torch":
+        return "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+    return f"pip install {package}"
+
+
+def _tools() -> dict[str, dict[str, Any]]:
+    """What is needed beside packages, by key: {tool, state, ok, get}."""
+    import platform
+    import shutil
+
+    from kpdeploy.serving.triton import environment as server
+
+    folder = server.environment_folder()
+    existing = next(f for f in (server.cache_folder(), *server.cache_folder().parents) if f.exists())
+    free = shutil.disk_usage(existing).free
+    glibc = platform.libc_ver()[1]
+    new_enough = glibc and tuple(map(int, glibc.split("."))) >= GLIBC
+    supported = server.PYTHON in server.PYTHONS
+    space = f"{_gb(free)} free in {existing}" if free > 500e6 or folder.exists() else ""
+    return {
+        "compiler": _tool("C++ compiler, for pt2", shutil.which("g++") or shutil.which("clang++"), "apt install g++"),
+        "libpython": _tool("shared libpython", server.shared_libpython(), f"apt install libpython{server.PYTHON}"),
+        "python": _tool("server's Python", supported and server.PYTHON, f"use Python {' or '.join(server.PYTHONS)}"),
+        "glibc": _tool("glibc 2.34 or newer", new_enough and glibc, "use Debian 12, Ubuntu 22.04 or newer"),
+        "disk": _tool("disk space", space, f"free 500 MB in {existing}, or set XDG_CACHE_HOME"),
+        "tritonserver": _tool("tritonserver", folder.exists() and folder, "installed by the first kpdeploy serve"),
+    }
+
+
+def _tool(name: str, found: object, get: str) -> dict[str, Any]:
+    return {"tool": name, "state": str(found) if found else "missing", "ok": bool(found), "get": "" if found else get}
+
+
+def _formats(tools: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each format what is missing to export it and to serve it here."""
+    from kpdeploy.hardware import packages
+    from kpdeploy.runtimes import PACKAGES
+
+    found = packages()
+    serve_needs = [tools[key]["tool"] for key in ("libpython", "python", "glibc", "disk") if not tools[key]["ok"]]
+    rows = []
+    for name, needed in EXPORTERS.items():
+        export_needs = [package for package in needed if package not in found]
+        if name == "pt2" and not tools["compiler"]["ok"]:
+            export_needs.append("a C++ compiler")
+        # A runtime that is not here is installed by `kpdeploy serve`, in the version that proved the artifact.
+        installs = [package for package in PACKAGES[name] if package not in found]
+        rows.append(
+            {"format": name, "export_needs": export_needs, "serve_needs": serve_needs, "serve_installs": installs}
+        )
+    return rows
+
+
+def _can(needs: list[str], installs: list[str]) -> str:
+    if needs:
+        return f"needs {', '.join(needs)}"
+    return f"yes, installing {', '.join(installs)}" if installs else "yes"
