@@ -6,6 +6,7 @@ host reads signatures too.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -136,7 +137,7 @@ SYNTAX = 'write it as name:dtype[dims]{low..high}, for example "input_ids:int64[
 _INPUT = re.compile(
     r"\s*(?P<name>[A-Za-z_][\w.]*)\s*:\s*(?P<dtype>\w+)\s*\[(?P<dims>[^\]]*)\]\s*(\{(?P<values>[^}]*)\})?\s*"
 )
-_RANGE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\s*=\s*(?P<min>\d+)\s*\.\.\s*(?P<max>\d+))?")
+_RANGE = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\s*=\s*(?P<min>[0-9]+)\s*\.\.\s*(?P<max>[0-9]+))?")
 
 
 def parse_inputs(texts: Iterable[str]) -> Signature:
@@ -159,8 +160,9 @@ def parse_inputs(texts: Iterable[str]) -> Signature:
                 f"input {match['name']} has the unknown dtype {match['dtype']!r}",
                 next_step=f"use one of {', '.join(DTYPES)}",
             )
-        shape = tuple(_dim(d.strip(), axes, text) for d in match["dims"].split(",") if d.strip())
-        values = _values(match["values"], text) if match["values"] is not None else None
+        dims = match["dims"].split(",") if match["dims"].strip() else []
+        shape = tuple(_dim(d.strip(), axes, text) for d in dims)
+        values = _values(match["values"], match["dtype"], text) if match["values"] is not None else None
         specs.append(TensorSpec(name=match["name"], dtype=match["dtype"], shape=shape, values=values))
     for spec in specs:
         for d in spec.shape:
@@ -172,7 +174,7 @@ def parse_inputs(texts: Iterable[str]) -> Signature:
 
 
 def _dim(text: str, axes: dict[str, Axis], whole: str) -> int | str:
-    if text.isdigit():
+    if re.fullmatch(r"[1-9][0-9]*", text):
         return int(text)
     match = _RANGE.fullmatch(text)
     if not match:
@@ -187,7 +189,7 @@ def _dim(text: str, axes: dict[str, Axis], whole: str) -> int | str:
     return name
 
 
-def _values(text: str, whole: str) -> Values:
+def _values(text: str, dtype: str, whole: str) -> Values:
     if text.strip() == "mask":
         return Values(kind="prefix_mask")
     low, _, high = text.partition("..")
@@ -195,6 +197,27 @@ def _values(text: str, whole: str) -> Values:
         values = Values(kind="range", low=float(low), high=float(high))
     except ValueError:
         raise InputSyntax(f"cannot read the values {{{text}}} of {whole!r}", next_step=SYNTAX) from None
+    if not math.isfinite(values.high - values.low):
+        raise InputSyntax(f"the values {{{text}}} of {whole!r} are not a finite range", next_step=SYNTAX)
     if values.high < values.low:
         raise InputSyntax(f"the values {{{text}}} of {whole!r} are an empty range", next_step=SYNTAX)
+    _check_dtype_holds(values, dtype, text)
     return values
+
+
+def _check_dtype_holds(values: Values, dtype: str, text: str) -> None:
+    import numpy as np
+
+    if dtype.startswith("float"):
+        least, most = float(np.finfo(dtype).min), float(np.finfo(dtype).max)
+    else:
+        least, most = (0, 1) if dtype == "bool" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        if values.low % 1 or values.high % 1:
+            raise InputSyntax(f"the values {{{text}}} of an {dtype} must be whole numbers", next_step=SYNTAX)
+    # A float keeps whole numbers exactly up to 2**53.
+    if dtype == "int64":
+        least, most = -(2**53), 2**53
+    if values.low < least or values.high > most:
+        raise InputSyntax(
+            f"{dtype} does not hold the values {{{text}}}", next_step=f"stay between {least:g} and {most:g}"
+        )

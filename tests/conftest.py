@@ -1,0 +1,14 @@
+"""Settings of all tests."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+# Nothing is fetched from a model hub, whatever a test loads.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The same examples every time, and no deadline: a busy machine is no defect.
+settings.register_profile("kpdeploy", deadline=None, derandomize=True)
+settings.load_profile("kpdeploy")
