@@ -163,5 +163,5 @@ class Manifest:
 
 
 def _decision(data: dict[str, Any]) -> Decision:
-    kind = {"applied": Applied, "skipped": Skipped}[data.pop("kind")]
-    return kind(**data)
+    kinds: dict[str, type[Applied] | type[Skipped]] = {"applied": Applied, "skipped": Skipped}
+    return kinds[data.pop("kind")](**data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from kpdeploy.artifact import Comparison
@@ -31,12 +33,12 @@ def relative_error(out: Array, ref: Array) -> float:
     return distance / length if length else distance
 
 
-def tolerance(dtype: str, tolerances: dict[str, float]) -> float:
+def tolerance(dtype: str, tolerances: Mapping[str, float]) -> float:
     """The tolerance of a dtype; all integers and bools share one."""
     return tolerances[dtype if np.dtype(dtype).kind == "f" else "integer"]
 
 
-def compare(out: Tensors, ref: Tensors, tolerances: dict[str, float]) -> list[Comparison]:
+def compare(out: Tensors, ref: Tensors, tolerances: Mapping[str, float]) -> list[Comparison]:
     """One Comparison per output of `ref`; an output that is absent has an infinite error."""
     return [
         Comparison(

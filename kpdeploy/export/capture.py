@@ -122,7 +122,7 @@ def _capture_point(signature: Signature) -> dict[str, int]:
 def _axes_that_hold(model: Model, refused: ExportFailed) -> tuple[Signature, list[Decision]]:
     """Let torch.export decide which axes can vary, and freeze or narrow the others."""
     signature = model.signature
-    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}  # type: ignore[operator]
+    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}
     shapes = [{i: hints[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs]
     program = _export(model, shapes)
     lead = signature.inputs[0].shape[0] if signature.inputs[0].shape else None

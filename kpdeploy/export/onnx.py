@@ -38,7 +38,8 @@ def export(capture: Capture, folder: Path) -> None:
             program = torch.onnx.export(capture.program, dynamo=True, opset_version=OPSET, verbose=False)
         assert program is not None
         _name_tensors(program.model, capture)
-        large = sum(v.const_value.nbytes for v in program.model.graph.initializers.values()) > PROTOBUF_LIMIT_BYTES
+        weights = [v.const_value for v in program.model.graph.initializers.values() if v.const_value is not None]
+        large = sum(tensor.nbytes for tensor in weights) > PROTOBUF_LIMIT_BYTES
         program.save(str(target), external_data=large)
     except ExportFailed:
         raise
@@ -57,10 +58,7 @@ def _copy(path: Path, folder: Path) -> None:
     model = onnx.load(str(path), load_external_data=False)
     shutil.copyfile(path, folder / "model.onnx")
     names = {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
     }
     for name in names:
         if Path(name).name != name:

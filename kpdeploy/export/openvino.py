@@ -18,7 +18,9 @@ def export(capture: Capture, folder: Path) -> None:
     try:
         import openvino
     except ImportError:
-        raise PackageMissing("the format openvino needs the package openvino", next_step="pip install openvino") from None
+        raise PackageMissing(
+            "the format openvino needs the package openvino", next_step="pip install openvino"
+        ) from None
     source = capture.onnx_file
     try:
         with quiet():

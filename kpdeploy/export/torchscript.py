@@ -32,7 +32,7 @@ def export(capture: Capture, folder: Path) -> None:
     if capture.model.kind == "torchscript":
         assert capture.model.module is not None
         with quiet():
-            torch.jit.script(capture.model.module.module).save(str(target))  # type: ignore[arg-type, no-untyped-call]
+            torch.jit.script(capture.model.module.module).save(str(target))
         return
     program = capture.program
     try:

@@ -117,7 +117,7 @@ class _Lookups(TorchDispatchMode):
     """Watches embedding lookups: which tensor indexes a table of how many rows."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows: list[tuple[torch.Tensor, int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kpdeploy.errors import PackageMissing
 from kpdeploy.load import Request, huggingface, model_name
+from kpdeploy.load.describe import model_from_module
 from kpdeploy.model import Model
 from kpdeploy.signature import parse_inputs
 
@@ -33,6 +34,6 @@ def load(argument: str, request: Request) -> Model:
     folder = minilm_folder()
     encoder = huggingface.sentence_encoder(folder)
     source = {"kind": "example", "example": argument, "weights": huggingface.weights_digest(folder)}
-    return huggingface.model_from_module(
+    return model_from_module(
         encoder, signature, name=model_name(request.name or argument), source=source, keywords=True
     )

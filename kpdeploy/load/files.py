@@ -124,7 +124,7 @@ def load_program(argument: str, request: Request) -> Model:
         raise _broken(path, "an exported program", error) from None
     signature = parse_inputs(request.inputs) if request.inputs else _program_inputs(program)
     model = model_from_module(
-        program.module(),  # type: ignore[arg-type]
+        program.module(),
         signature,
         name=model_name(request.name or path.stem),
         source=_source("pt2", path),
@@ -179,7 +179,7 @@ def load_torchscript(argument: str, request: Request) -> Model:
             "MODEL = package.module:factory",
         )
     try:
-        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        module = torch.jit.load(str(path), map_location="cpu")
     except Exception as error:
         raise _broken(path, "TorchScript", error) from None
     if request.inputs:

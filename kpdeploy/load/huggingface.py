@@ -197,7 +197,7 @@ def describe_transformer(
     """
     decisions: list[Decision] = []
     if getattr(config, "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-        module = module.get_encoder()
+        module = module.get_encoder()  # type: ignore[operator]
         decisions.append(Applied(what="the encoder of an encoder-decoder", detail="decoding is a loop around a model"))
     if hasattr(config, "use_cache"):
         config.use_cache = False
@@ -294,7 +294,7 @@ def _spectrogram(config: Any) -> tuple[int | Axis, ...]:
 
 
 def _features(config: Any) -> tuple[int | Axis, ...]:
-    """Dims of input_features after the batch. Whisper's are [bins, frames] of a fixed length, others' [frames, bins]."""
+    """Dims of input_features after the batch. Whisper's are [bins, frames] of a fixed length, others [frames, bins]."""
     widths = ("input_feat_per_channel", "feature_projection_input_dim")
     width = next((getattr(config, key) for key in widths if hasattr(config, key)), None)
     if width is not None:

@@ -18,7 +18,7 @@ def load(
         torch.set_num_threads(threads)
     for library in settings.get("op_libraries", ()):
         torch.ops.load_library(library)
-    from torch._inductor import aoti_load_package  # type: ignore[attr-defined]  # slow to import, only needed here
+    from torch._inductor import aoti_load_package  # slow to import, only needed here
 
     module = aoti_load_package(path)
 

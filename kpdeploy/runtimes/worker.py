@@ -32,7 +32,8 @@ def read(path: str) -> list[Any]:
 
 def load(job: dict[str, Any]) -> Run:
     spec = importlib.util.spec_from_file_location("runtime", job["runtime_file"])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run: Run = module.load(job["path"], inputs=job["inputs"], outputs=job["outputs"], settings=job["settings"])
@@ -58,7 +59,7 @@ def answer(job: dict[str, Any], state: dict[str, Run]) -> dict[str, Any]:
         return {}
     if "run" in job:
         outputs = state["run"](read(job["run"]))
-        np.savez(job["into"], **{str(i): np.asarray(a) for i, a in enumerate(outputs)})
+        np.savez(job["into"], **{str(i): np.asarray(a) for i, a in enumerate(outputs)})  # type: ignore[arg-type]
         return {}
     arrays = read(job["time"])
     return {"milliseconds": timed(state["run"], arrays, seconds=job["seconds"], at_least=job["at_least"])}
