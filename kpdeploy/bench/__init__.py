@@ -19,11 +19,12 @@ from kpdeploy.bench.server import Served, ask
 from kpdeploy.bench.wire import WIRES, Wire
 from kpdeploy.errors import LoadFailed, UnknownName
 from kpdeploy.progress import Progress
+from kpdeploy.serving.client import connect
 
 __all__ = ["MODES", "PROTOCOLS", "BenchReport", "Latencies", "Row", "bench"]
 
 MODES = ("closed", "open")
-PROTOCOLS = tuple(WIRES)
+PROTOCOLS = ("auto", *WIRES)
 POOL = 32
 """Distinct requests, sent in turn."""
 PROBES = 3
@@ -42,12 +43,14 @@ def bench(
     rates: Sequence[float] = (50, 100),
     seconds: float = 10,
     warmup_seconds: float = 2,
-    protocol: str = "grpc",
+    protocol: str = "auto",
     shape: Mapping[str, int] | None = None,
     timeout_seconds: float = 10,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Load `model` at `url` (host:port) with each of `clients` (closed loop) or `rates` in requests/s (open loop).
+    """Load `model` at `url` with each of `clients` (closed loop) or of `rates` in requests/s (open loop).
+
+    `url` is host:port, or has grpc:// or http:// before it; without a scheme, protocol "auto" asks the port.
 
     Each level runs for `warmup_seconds` that do not count, then for `seconds`. Requests are valid random tensors at
     the point `shape` of the dynamic range (default: batch 1, half of the range and at most 128 elsewhere), by the
@@ -64,16 +67,20 @@ def bench(
     """
     _known(mode, MODES, "mode")
     _known(protocol, PROTOCOLS, "protocol")
+    if url.startswith(("https://", "grpcs://")):
+        raise UnknownName(f"{url}: the generator speaks no TLS", next_step="measure behind it: http:// or grpc://")
+    with connect(url, protocol=protocol, timeout_s=timeout_seconds) as client:
+        address, spoken = client.address, client.protocol
     run: Run = {"closed": closed, "open": opened}[mode]
     levels: Sequence[float] = {"closed": clients, "open": rates}[mode]
     shown = progress or Progress()
 
     async def main() -> BenchReport:
-        served = await ask(url, protocol=protocol, model=model)
+        served = await ask(address, protocol=spoken, model=model)
         recipe = _recipe(served, model, repo, shape or {})
-        wire = WIRES[protocol](url, model, recipe.requests(POOL), timeout_seconds)
+        wire = WIRES[spoken](address, model, recipe.requests(POOL), timeout_seconds)
         try:
-            await _probe(wire, url, model)
+            await _probe(wire, address, model)
             rows = [
                 await _level(run, wire, mode, level, seconds=seconds, warmup_seconds=warmup_seconds, progress=shown)
                 for level in levels
@@ -81,10 +88,10 @@ def bench(
         finally:
             await wire.close()
         if not any(row.succeeded for row in rows):
-            raise _load_failed(url, model, next(iter(rows[-1].errors), ""))
+            raise _load_failed(address, model, next(iter(rows[-1].errors), ""))
         return BenchReport(
-            url=url,
-            protocol=protocol,
+            url=address,
+            protocol=spoken,
             server=served.server,
             model=model,
             version=served.version,

@@ -22,18 +22,26 @@ BATCH = "batch"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How requests are made: a signature, the server's name of each input, the point; `notes`: what was guessed."""
+    """How requests are made: a signature, the server's name of each input, the point; `notes`: what was guessed.
+
+    `batches`: the signature's first axis is one that the server adds itself (it has a max_batch_size).
+    """
 
     signature: Signature
     names: Mapping[str, str]
     point: Mapping[str, int]
+    batches: bool
     notes: tuple[str, ...] = ()
 
     def requests(self, count: int) -> list[dict[str, Array]]:
         """`count` distinct requests, by the server's names; the same ones each time."""
         rng = np.random.default_rng(0)
         drawn = (sample(self.signature, self.point, rng) for _ in range(count))
-        return [{self.names[name]: array for name, array in tensors.items()} for tensors in drawn]
+        return [{self.names[name]: self._sent(array) for name, array in tensors.items()} for tensors in drawn]
+
+    def _sent(self, array: Array) -> Array:
+        # Triton carries no tensor without dims beside the batch: one number a row travels as [batch, 1].
+        return array[:, None] if array.ndim == 1 and self.batches else array
 
     @property
     def described(self) -> tuple[str, ...]:
@@ -51,7 +59,12 @@ def from_repository(repo: Path, model: str, version: str, shape: Mapping[str, in
     """
     manifest = Manifest.read(repo / model / version)
     names = {spec.name: served for spec, served in zip(manifest.signature.inputs, manifest.input_names, strict=True)}
-    return Recipe(signature=manifest.signature, names=names, point=_point(manifest.signature, shape))
+    return Recipe(
+        signature=manifest.signature,
+        names=names,
+        point=_point(manifest.signature, shape),
+        batches=manifest.max_batch_size > 0,
+    )
 
 
 def from_server(metadata: Mapping[str, Any], *, max_batch_size: int, shape: Mapping[str, int]) -> Recipe:
@@ -77,7 +90,8 @@ def from_server(metadata: Mapping[str, Any], *, max_batch_size: int, shape: Mapp
         notes.append(f"integers of {', '.join(guessed)} are 0 and 1: give --repo for the model's own range")
     if chosen := [f"{d}={point[d]}" for d in free if d not in shape]:
         notes.append(f"free dimensions chosen here: {', '.join(chosen)}; --shape sets them")
-    return Recipe(signature=signature, names={s.name: s.name for s in specs}, point=point, notes=tuple(notes))
+    names = {spec.name: spec.name for spec in specs}
+    return Recipe(signature=signature, names=names, point=point, batches=False, notes=tuple(notes))
 
 
 def _spec(entry: Mapping[str, Any], *, batches: bool) -> TensorSpec:

@@ -83,10 +83,10 @@ def _shape(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, 
 )
 @click.option(
     "--protocol",
-    default="grpc",
+    default="auto",
     show_default=True,
-    metavar="grpc|http",
-    help="Triton's gRPC port is 8001, its HTTP port 8000.",
+    metavar="auto|grpc|http",
+    help="auto asks the port which of the two it speaks.",
 )
 @click.option(
     "--shape",
@@ -146,7 +146,7 @@ def command(
     _show(report)
     if plot is not None:
         console.err.print(f"drawn: {plot}")
-    _suggest(report)
+    _suggest(report, repo)
 
 
 def _show(report: BenchReport) -> None:
@@ -173,11 +173,12 @@ def _show(report: BenchReport) -> None:
         console.err.print(f"note: {note}", markup=False)
 
 
-def _suggest(report: BenchReport) -> None:
+def _suggest(report: BenchReport, repo: Path | None) -> None:
     from kpdeploy.cli import console
 
     best = max(row.throughput for row in report.rows)
     start = f"kpdeploy bench {report.url} --model {report.model} --protocol {report.protocol}"
+    start += f" --repo {repo}" if repo else ""
     if report.mode == "closed":
         # Half, four fifths and all of what the closed loop reached: where the latency of an open loop turns up.
         rates = ",".join(f"{float(f'{best * share:.2g}'):g}" for share in (0.5, 0.8, 1))

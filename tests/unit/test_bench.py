@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -315,3 +316,17 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_measurement(tmp_pa
 )
 def test_options_that_make_no_sense_are_a_usage_error(options: list[str]) -> None:
     assert CliRunner().invoke(command, ["localhost:1", "--model", "m", *options]).exit_code == 2
+
+
+def test_one_number_a_row_travels_as_a_column_as_the_server_was_told(tmp_path: Path) -> None:
+    folder = repository(tmp_path)
+    manifest = Manifest.read(folder / "encoder" / "3")
+    flat = Signature(inputs=(TensorSpec(name="age", dtype="float32", shape=("batch",)),), axes=manifest.signature.axes)
+    replace(manifest, signature=flat, input_names=("age",)).write(folder / "encoder" / "3")
+    request = from_repository(folder, "encoder", "3", {"batch": 4}).requests(1)[0]
+    assert request["age"].shape == (4, 1)
+
+
+def test_an_address_with_tls_is_refused_and_not_spoken_to_in_the_clear() -> None:
+    with pytest.raises(UnknownName, match="TLS"):
+        bench("https://localhost:1", model="m")
