@@ -71,7 +71,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        return all(c.passed for c in self.comparisons)
+        return bool(self.comparisons) and all(c.passed for c in self.comparisons)
 
     @property
     def worst(self) -> Comparison:

@@ -163,6 +163,8 @@ def parse_inputs(texts: Iterable[str]) -> Signature:
         dims = match["dims"].split(",") if match["dims"].strip() else []
         shape = tuple(_dim(d.strip(), axes, text) for d in dims)
         values = _values(match["values"], match["dtype"], text) if match["values"] is not None else None
+        if values is not None and values.kind == "prefix_mask" and not shape:
+            raise InputSyntax(f"input {match['name']} is a number and cannot be a mask", next_step=SYNTAX)
         specs.append(TensorSpec(name=match["name"], dtype=match["dtype"], shape=shape, values=values))
     for spec in specs:
         for d in spec.shape:

@@ -85,6 +85,7 @@ def test_values_may_be_negative_or_one_point(values: str) -> None:
         (["x:float16[2]{0..70000}"], "float16 does not hold"),
         (["x:int64[2]{0.5..2}"], "whole numbers"),
         (["x:bool[2]{mask..}"], "cannot read the values"),
+        (["x:int64[]{mask}"], "is a number and cannot be a mask"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_the_reason(texts: list[str], complaint: str) -> None:
