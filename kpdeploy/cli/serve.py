@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from kpdeploy.serving.triton.overlay import Served
     from kpdeploy.serving.triton.server import Server
 
+PORT = click.IntRange(0, 65535)
+
 EPILOG = """\b
 Examples:
   kpdeploy serve models/
@@ -25,9 +27,9 @@ in the runtimes of this environment; the repository itself stays what NVIDIA's c
 
 @click.command(epilog=EPILOG)
 @click.argument("repo", metavar="REPO")
-@click.option("--http-port", default=8000, show_default=True, help="HTTP port; 0 chooses a free one.")
-@click.option("--grpc-port", default=8001, show_default=True, help="gRPC port; 0 chooses a free one.")
-@click.option("--metrics-port", default=8002, show_default=True, help="Port of the Prometheus metrics; 0: a free one.")
+@click.option("--http-port", type=PORT, default=8000, show_default=True, help="HTTP port; 0 chooses a free one.")
+@click.option("--grpc-port", type=PORT, default=8001, show_default=True, help="gRPC port; 0 chooses a free one.")
+@click.option("--metrics-port", type=PORT, default=8002, show_default=True, help="Port of the metrics; 0: a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: the network.")
 @click.option(
     "--backends-dir",

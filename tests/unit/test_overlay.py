@@ -18,13 +18,14 @@ from kpdeploy.artifact import Manifest
 from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import DigestMismatch, LibraryMissing, PortInUse, ServerUnavailable
+from kpdeploy.errors import DigestMismatch, LibraryMissing, PortInUse, ServerUnavailable, UnknownName
 from kpdeploy.progress import Progress
 from kpdeploy.serving.triton import control, environment, overlay, scratch
 from kpdeploy.serving.triton.config import read_config
 from kpdeploy.serving.triton.overlay import link_backends, overlay_config, write_overlay
 from kpdeploy.serving.triton.ports import Ports, claim
 from kpdeploy.serving.triton.repository import publish, read_repository
+from kpdeploy.serving.triton.server import serve
 from kpdeploy.signature import Axis, Signature, TensorSpec
 
 SIGNATURE = Signature(
@@ -238,6 +239,16 @@ def test_a_port_given_twice_is_refused() -> None:
         claim(Ports(http=free.http, grpc=free.http, metrics=0))
 
 
+def test_a_url_cannot_be_polled() -> None:
+    with pytest.raises(UnknownName, match="polled"), serve("memory://models", poll=True):
+        pass
+
+
+def test_a_host_that_is_not_this_machine_is_refused() -> None:
+    with pytest.raises(UnknownName, match=r"192\.0\.2\.1"):
+        claim(Ports(host="192.0.2.1"))
+
+
 @pytest.mark.parametrize(
     ("host", "is_open"), [("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True)]
 )
@@ -280,6 +291,15 @@ def test_a_failed_install_gives_pips_reason_and_leaves_nothing(tmp_path: Path, m
         environment.ensure_environment(Progress())
     assert "No matching distribution found for nvidia-pytriton" in error.value.why
     assert not [path for path in (tmp_path / "kpdeploy").iterdir() if path.is_dir()]
+
+
+def test_offline_the_broken_connection_is_the_reason() -> None:
+    output = (
+        "WARNING: Retrying after connection broken by 'NewConnectionError: Connection refused': /simple/x/\n"
+        "ERROR: No matching distribution found for x\n"
+    )
+    assert "Connection refused" in environment.pip_reason(output)
+    assert environment.pip_reason("") == ""
 
 
 def test_a_runtime_that_is_here_is_not_installed_again_and_another_is_pinned(

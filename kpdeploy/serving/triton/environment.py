@@ -176,20 +176,26 @@ def _install(prefix: Path, arguments: list[str]) -> None:
     command = [*_installer(prefix), "--only-binary", ":all:", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_without_pip_target())
     if done.returncode:
-        lines = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-        errors = [line for line in lines if "error" in line.lower()]
         raise ServerUnavailable(
             f"the server's environment could not be installed ({arguments[-1]})",
-            why=(errors or lines)[-1].strip(),
+            why=pip_reason(done.stderr + done.stdout) or f"exit status {done.returncode}",
             next_step="check the network and pip's settings, then run the command again",
         )
+
+
+def pip_reason(output: str) -> str:
+    """Why pip failed. Offline it says only "no matching distribution" at its end; the reason is in a warning."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    broken = [line.partition("connection broken by ")[2] for line in lines if "connection broken by " in line]
+    errors = [line for line in lines if "error" in line.lower()]
+    return next(iter((broken or errors or lines)[-1:]), "")
 
 
 def _installer(prefix: Path) -> list[str]:
     """How to install into `prefix` from here: this environment's pip, uv, or the pip that Python bundles."""
     python = str(prefix / "bin" / "python")
     if importlib.util.find_spec("pip"):
-        quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+        quiet = ["--quiet", "--no-input", "--disable-pip-version-check", "--retries", "2"]
         return [sys.executable, "-m", "pip", "--python", python, "install", *quiet]
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", python]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from kpdeploy.errors import PortInUse
+from kpdeploy.errors import PortInUse, UnknownName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,15 @@ def claim(ports: Ports) -> Ports:
     """The same ports, all free just now, those that were 0 chosen.
 
     Raises:
-        PortInUse: one is taken, or given twice; names who has it, and a free one.
+        UnknownName: the host is no address of this machine.
+        PortInUse: a port is taken, or given twice; names who has it, and a free one.
     """
+    if reason := _refusal(ports.host, 0):
+        raise UnknownName(
+            f"{ports.host!r} is no address of this machine",
+            why=reason,
+            next_step="use 127.0.0.1, or 0.0.0.0 to listen at all addresses",
+        )
     claimed: dict[str, int] = {}
     for name in ("http", "grpc", "metrics"):
         port: int = getattr(ports, name) or _any_free(ports.host)
@@ -61,8 +68,8 @@ def _refusal(host: str, port: int) -> str:
             probe.bind((host, port))
         return ""
     except OSError as error:
-        owner = _owner(port)
-        return f"{owner} listens there" if owner else f"{host}: {error.strerror}"
+        owner = _owner(port) if port else ""
+        return f"{owner} listens there" if owner else f"{error.strerror or error}"
 
 
 def _owner(port: int) -> str:
@@ -75,7 +82,11 @@ def _owner(port: int) -> str:
 
 
 def _free_after(host: str, port: int) -> int:
-    steps = (candidate for candidate in range(port + 10, min(port + 1000, 65535), 10) if not _refusal(host, candidate))
+    steps = (
+        candidate
+        for candidate in range(max(port, 1024) + 10, min(port + 2000, 65536), 10)
+        if not _refusal(host, candidate)
+    )
     return next(steps, 0) or _any_free(host)
 
 

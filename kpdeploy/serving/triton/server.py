@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied
+from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied, UnknownName
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import PACKAGES
 from kpdeploy.serving.client import connect, replay
@@ -55,9 +55,16 @@ def serve(
 
     Raises:
         RepositoryBroken, DigestMismatch: the repository is not what was proven.
+        UnknownName: no such host; or `poll` of a URL.
         PortInUse, ServerUnavailable, LibraryMissing: the server cannot be started here.
         ModelLoadFailed, ServerDied, NotReady: it was, and does not serve.
     """
+    if poll and "://" in local_path(repo):
+        raise UnknownName(
+            f"{repo} cannot be polled for new versions",
+            why="only a folder can; a URL is fetched once",
+            next_step="leave --poll out, or sync the repository to a folder and serve that",
+        )
     with scratch() as space:
         local = fetch(local_path(repo), space, progress)
         deployments = read_repository(local)
@@ -119,7 +126,7 @@ class Server:
         self._seen: dict[str, tuple[int, int]] = {}
         self._closing = threading.Event()
         self._ended = threading.Event()
-        self._failure: KpdeployError | None = None
+        self._failure: Exception | None = None
         self._watcher: threading.Thread | None = None
 
     @property
@@ -247,7 +254,7 @@ class Server:
                 self._revive()
                 if poll:
                     self._refresh()
-        except KpdeployError as error:
+        except Exception as error:  # raised again by wait(), in the thread that a user sees
             self._failure = error
         finally:
             self._ended.set()
