@@ -31,6 +31,7 @@ from kpdeploy.errors import DigestMismatch, ModelLoadFailed, ModelNotServed, Not
 from kpdeploy.hardware import environment
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import connect, verify
+from kpdeploy.serving.triton import server as server_module
 from kpdeploy.serving.triton.repository import publish, read_repository
 from kpdeploy.serving.triton.server import Server, serve
 from kpdeploy.signature import Axis, Signature, TensorSpec
@@ -257,6 +258,19 @@ def test_a_killed_stub_is_noticed_told_and_served_again(server: Server, repo: Pa
     assert "tiny: the process that runs it died; loading it again" in told.lines
     assert stub not in server.process.stubs()
     assert verify(str(repo), url=server.grpc).passed
+
+
+def test_of_two_processes_one_killed_both_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "RETIRE_AFTER_S", 0.5)
+    publish_tiny(tmp_path / "models", tmp_path / "files")
+    config = tmp_path / "models/tiny/config.pbtxt"
+    config.write_text(config.read_text().replace("count: 1\n  kind: KIND_CPU", "count: 2\n  kind: KIND_CPU"))
+    with serve(tmp_path / "models", **ANY_PORTS) as server:
+        before = set(server.process.stubs())
+        assert len(before) == 2
+        os.kill(min(before), signal.SIGKILL)
+        wait_for(lambda: len(server.process.stubs()) == 2 and not before & server.process.stubs().keys())
+        assert verify(str(tmp_path / "models"), url=server.grpc).passed
 
 
 def test_a_new_version_is_served_when_it_is_published(server: Server, repo: Path, told: Told, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from kpdeploy.serving.triton.repository import local_path, read_repository
 from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
 
 WATCH_INTERVAL_S = 1.0
+RETIRE_AFTER_S = 10.0
+"""How long the processes of a model that was loaded again may still work on what they had."""
 SILENT = Progress()
 
 
@@ -123,6 +127,7 @@ class Server:
         self._progress = progress
         self._process: TritonProcess | None = None
         self._timeout_s = 0.0
+        self._retired: dict[int, float] = {}
         self._seen: dict[str, tuple[int, int]] = {}
         self._closing = threading.Event()
         self._ended = threading.Event()
@@ -261,7 +266,9 @@ class Server:
 
     def _revive(self) -> None:
         """Load a model again when one of its python processes is gone: Triton itself says READY and fails requests."""
-        living = Counter(self.process.stubs().values())
+        stubs = self.process.stubs()
+        self._end_retired(stubs)
+        living = Counter(name for pid, name in stubs.items() if pid not in self._retired)
         for model, served in self.served.items():
             if served.native or living[model] >= served.instances:
                 continue
@@ -270,8 +277,19 @@ class Server:
             self._progress.say(f"{model}: the process that runs it died; loading it again")
             started = time.monotonic()
             control.load(self.http, model, timeout_s=self._timeout_s)
+            end = time.monotonic() + RETIRE_AFTER_S
+            self._retired |= {pid: end for pid, name in stubs.items() if name == model}
             self._prove(served.deployment)
             self._progress.say(f"{model}: serves again, after {time.monotonic() - started:.1f} s")
+
+    def _end_retired(self, stubs: Collection[int]) -> None:
+        """Kill what Triton leaves: it never unloads the living processes of a model of which one has died."""
+        for pid, end in list(self._retired.items()):
+            if pid not in stubs:
+                del self._retired[pid]
+            elif time.monotonic() > end:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _refresh(self) -> None:
         """Serve what was published since; what cannot be served is told, and the version before it stays."""
