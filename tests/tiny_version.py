@@ -6,7 +6,8 @@ python tiny_version.py REPO FOLDER MODEL…     publishes each MODEL in turn, ag
 from __future__ import annotations
 
 import itertools
-import sys
+from collections.abc import Sequence
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -100,13 +101,10 @@ def write_files(folder: Path, *, filename: str = "model.onnx", weights: bytes = 
     return folder
 
 
-def main(repo: str, folder: str, *models: str) -> None:
+def publish_forever(repo: str, folder: str, models: Sequence[str], published: Event) -> None:
+    """Publish each model in turn, again and again, and say so once the first is done."""
     serve_with_python_backend()
     files = write_files(Path(folder), filename="model.py")
     for model in itertools.cycle(models):
-        done = repository.publish(repo, manifest(model, format="python", filename="model.py"), files)
-        print(done.model, done.version, flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        repository.publish(repo, manifest(model, format="python", filename="model.py"), files)
+        published.set()

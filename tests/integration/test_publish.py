@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,10 @@ from kpdeploy.serving.triton.overlay import link_backends
 from kpdeploy.serving.triton.ports import Ports, claim
 from kpdeploy.serving.triton.repository import publish, read_repository
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tiny_version"])
 KILLS = 50
-SERVED_KILLS = 5
+SERVED_KILLS = 3
 POLL_S = 1
 
 
@@ -41,20 +45,20 @@ def publish_one(repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return lambda model: publish(str(repo), manifest(model, format="python", filename="model.py"), files).version
 
 
-def start_publishing(repo: Path, tmp_path: Path, *models: str) -> subprocess.Popen[str]:
+def start_publishing(repo: Path, tmp_path: Path, *models: str) -> BaseProcess:
     """A process that publishes without end, once it has published its first."""
-    program = [sys.executable, tiny_version.__file__, str(repo), str(tmp_path / "loop"), *models]
-    process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline()
+    published = FORKS.Event()
+    arguments = (str(repo), str(tmp_path / "loop"), models, published)
+    process = FORKS.Process(target=tiny_version.publish_forever, args=arguments)
+    process.start()
+    assert published.wait(60), "it published nothing"
     return process
 
 
-def kill(process: subprocess.Popen[str]) -> None:
+def kill(process: BaseProcess) -> None:
     process.kill()
-    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-    assert process.stdout is not None
-    process.stdout.close()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
 
 
 def assert_whole(repo: Path, models: set[str]) -> None:
@@ -83,17 +87,17 @@ def test_an_export_killed_at_random_moments_leaves_a_whole_repository(
     publish_one("first")
     chance = random.Random(0)
     torn = 0
-    for index in range(KILLS):
-        # Each run publishes a model that is new, and versions of one that is there.
-        process = start_publishing(repo, tmp_path, "first", f"new{index}")
+    for _ in range(KILLS):
+        # Each run publishes versions of a model that is there, and one that is new.
+        shutil.rmtree(repo / "new", ignore_errors=True)
+        process = start_publishing(repo, tmp_path, "first", "new")
         time.sleep(chance.uniform(0, 0.15))
         kill(process)
         assert_whole(repo, {"first"})
         torn += bool(leftovers(repo))
-    publish_one("first")
     assert torn, "no kill hit an export in its middle: the test shows nothing"
-    for model in [path.name for path in repo.iterdir()]:
-        publish_one(model)
+    publish_one("first")
+    publish_one("new")
     assert leftovers(repo) == []
     assert_whole(repo, {"first"})
 
@@ -169,8 +173,8 @@ def test_a_polling_server_only_ever_sees_whole_versions(
 ) -> None:
     server.wait_until_right(repo)
     chance = random.Random(1)
-    for index in range(SERVED_KILLS):
-        process = start_publishing(repo, tmp_path, "first", f"new{index % 2}")
+    for _ in range(SERVED_KILLS):
+        process = start_publishing(repo, tmp_path, "first", "new")
         time.sleep(chance.uniform(0, 1.5 * POLL_S))
         kill(process)
         server.wait_until_right(repo)

@@ -65,6 +65,28 @@ def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
     return _publish_local(Path(repo), manifest, baseline, files)
 
 
+def check_publishable(repo: str, *, model: str | None = None) -> None:
+    """Tell before any work what publish would say after it, as far as it can be told.
+
+    Raises:
+        RepositoryUnwritable: the repository cannot be written, or made.
+        RepositoryBroken: `REPO/<model>` is there and was not made by kpdeploy.
+    """
+    repo = local_path(repo)
+    if "://" in repo:
+        return
+    place = Path(repo).absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise RepositoryUnwritable(
+            f"the repository {repo} cannot be written",
+            why=f"{there} is not writable for this user" if there.is_dir() else f"{there} is a file, not a folder",
+            next_step="make the folder writable, or give another repository with --repo",
+        )
+    if model is not None and (place / model).exists() and _committed(*_open(repo), model) is None:
+        raise _foreign(str(Path(repo) / model))
+
+
 def local_path(repo: str | os.PathLike[str]) -> str:
     """The repository as a plain path where it is one, else its URL."""
     return os.fspath(repo).removeprefix("file://")
@@ -111,7 +133,6 @@ def _add_version(repo: Path, model: Path, manifest: Manifest, baseline: Baseline
     _fill(staging, manifest, baseline, files)
     _sync_tree(staging)
     _write_warmup(model / WARMUP, manifest, baseline)
-    _sync_tree(model / WARMUP)
     version = model / str(manifest.version)
     os.rename(staging, version)
     _sync(model)
@@ -135,6 +156,8 @@ def _write_warmup(folder: Path, manifest: Manifest, baseline: Baseline) -> None:
     folder.mkdir(exist_ok=True)
     for name, data in warmup_files(manifest, baseline).items():
         (folder / name).write_bytes(data)
+        _sync(folder / name)
+    _sync(folder)
 
 
 def _staging(repo: Path, model: Path) -> Path:
