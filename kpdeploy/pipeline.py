@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,22 @@ from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import ExportFailed, FormatUnavailable, KpdeployError, PackageMissing, ProofFailed, UnknownName
+from kpdeploy.errors import (
+    DiskFull,
+    ExportFailed,
+    FormatUnavailable,
+    KpdeployError,
+    PackageMissing,
+    ProofFailed,
+    UnknownName,
+)
 from kpdeploy.hardware import environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
 from kpdeploy.model import Model
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
-from kpdeploy.signature import Point, Signature
+from kpdeploy.scratch import work_folder
+from kpdeploy.signature import Point, Signature, parse_inputs
 from kpdeploy.verify import Question, failure, prove, questions
 
 if TYPE_CHECKING:
@@ -39,6 +48,9 @@ if TYPE_CHECKING:
 
 TARGETS = {"triton": ("onnx", "openvino", "torchscript", "pt2")}
 """Each target and the formats that it serves, in the order in which they are tried."""
+
+FULL_BYTES = 1 << 20
+"""A disk with less left is full: whoever met its end has often removed a part of what it wrote."""
 
 ROUNDS = 3
 ROUND_SECONDS = 0.5
@@ -135,12 +147,17 @@ def export(
     """
     started = time.perf_counter()
     progress = progress or Progress()
+    from kpdeploy.serving.triton.repository import check_publishable
+
     _check_choices(target, format)
     tolerances = _tolerances(tolerance)
+    # What can be told without the model is told before minutes are spent on it.
+    parse_inputs(input)
+    check_publishable(str(repo))
     with progress.step("loading the model"):
         loaded = _load(model, inputs, name=name, task=task, texts=input, example=example, max_batch=max_batch)
-    with tempfile.TemporaryDirectory(prefix="kpdeploy-export-") as scratch:
-        work = Path(scratch)
+    check_publishable(str(repo), model=loaded.name)
+    with work_folder() as work, _told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
         candidates = _try_formats(settled, _formats(target, format), asked, tolerances, work, progress)
         candidates = _measure(candidates, settled.signature, progress)
@@ -165,6 +182,22 @@ def _check_choices(target: str, format: str) -> None:
 
     choose("target", target, tuple(TARGETS))
     choose("format", format, ("auto", *TARGETS[target]))
+
+
+@contextmanager
+def _told_when_full(work: Path) -> Iterator[None]:
+    """A full disk shows as an error of whatever wrote to it: tell it as what it is."""
+    try:
+        yield
+    except (OSError, ExportFailed, ProofFailed) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and shutil.disk_usage(work).free > FULL_BYTES:
+            raise
+        raise DiskFull(
+            f"no space is left in the temporary folder {work.parent}",
+            why=_reason(error) if isinstance(error, KpdeployError) else str(error),
+            next_step="free space there, or set TMPDIR to a folder on a larger disk",
+        ) from None
 
 
 def _tolerances(given: Mapping[str, float] | None) -> dict[str, float]:

@@ -80,18 +80,21 @@ def main() -> None:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.Abort:
-        sys.exit(130)
+    except (click.Abort, KeyboardInterrupt):
+        from kpdeploy.cli.console import INTERRUPTED, show_interrupted
+
+        show_interrupted()
+        sys.exit(INTERRUPTED)
     except click.ClickException as error:
-        error.show()
+        from kpdeploy.cli.console import show_usage_error
+
+        show_usage_error(error)
         sys.exit(error.exit_code)
     except KpdeployError as error:
         from kpdeploy.cli.console import show_error
 
         show_error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:
         from kpdeploy.cli.console import show_defect
 

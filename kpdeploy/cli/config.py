@@ -11,11 +11,13 @@ http-port = 9000
 from __future__ import annotations
 
 import difflib
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import click
+from click.types import BoolParamType
 
 from kpdeploy.errors import ConfigFileBroken
 
@@ -40,20 +42,47 @@ def read_config(folder: Path, root: click.Group, ctx: click.Context) -> dict[str
 
 def _options(path: Path, name: str, table: Any, root: click.Group, ctx: click.Context) -> dict[str, Any]:
     command = root.get_command(ctx, name)
-    if command is None or not isinstance(table, dict):
+    if not isinstance(table, dict):
+        raise ConfigFileBroken(
+            f"{path} sets {name} outside of a command's table", next_step="put it under a line such as [export]"
+        )
+    if command is None:
         raise _unknown(path, f"[{name}]", name, root.list_commands(ctx))
     known = {
-        text.lstrip("-"): parameter.name
+        text.lstrip("-"): parameter
         for parameter in command.params
-        for text in (parameter.opts if isinstance(parameter, click.Option) else ())
+        if isinstance(parameter, click.Option)
+        for text in parameter.opts
     }
     found = {}
     for key, value in table.items():
         parameter = known.get(key.replace("_", "-")) or known.get(key)
         if parameter is None:
             raise _unknown(path, f"{key} under [{name}]", key, list(known))
-        found[parameter] = value
+        found[str(parameter.name)] = _checked(path, f"{key} under [{name}]", parameter, value, ctx)
     return found
+
+
+def _checked(path: Path, where: str, parameter: click.Option, value: Any, ctx: click.Context) -> Any:
+    """The value as click takes it. It is checked here, so that the message names the file."""
+    if parameter.multiple and not isinstance(value, list):
+        value = [value]
+    reason = ""
+    for entry in value if parameter.multiple else [value]:
+        # click makes a string of anything.
+        if isinstance(entry, (list, dict)) or (isinstance(entry, bool) != isinstance(parameter.type, BoolParamType)):
+            reason = f"it is a {type(entry).__name__}, the option takes a {parameter.type.name}"
+    try:
+        reason or parameter.process_value(ctx, value)
+    except click.BadParameter as error:
+        reason = error.message
+    if reason:
+        raise ConfigFileBroken(
+            f"{path} holds a wrong value for {where}: {value!r}",
+            why=reason,
+            next_step=f"see `{ctx.command_path} {where.partition('[')[2].rstrip(']')} --help`",
+        )
+    return value
 
 
 def _unknown(path: Path, what: str, word: str, known: list[str]) -> ConfigFileBroken:
@@ -68,7 +97,8 @@ def _unknown(path: Path, what: str, word: str, known: list[str]) -> ConfigFileBr
 def configured_by_model(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     """Read the kpdeploy.toml beside MODEL, if MODEL is a path: it stands above that of the current folder."""
     path = Path(value)
-    folder = path if path.is_dir() else path.parent if path.exists() else None
+    # os.path and not Path: it takes any text, however long.
+    folder = path if os.path.isdir(value) else path.parent if os.path.exists(value) else None
     root = ctx.find_root()
     if folder is not None and isinstance(root.command, click.Group) and ctx.info_name is not None:
         found = read_config(folder, root.command, root).get(ctx.info_name, {})

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
@@ -18,6 +19,9 @@ from rich.text import Text
 from kpdeploy import __version__
 from kpdeploy.errors import KpdeployError
 from kpdeploy.progress import Progress
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 and the number of SIGINT, as shells have it."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -60,8 +64,7 @@ def wants_json() -> bool:
 def show_error(error: KpdeployError) -> None:
     """One message: what, why, next. As JSON on stdout where the command line asked for it."""
     if wants_json():
-        parts = {"what": error.what, "why": error.why, "next": error.next_step}
-        print_json({"error": {"kind": type(error).__name__, "exit_code": error.exit_code, **parts}})
+        _print_json_error(type(error).__name__, error.exit_code, error.what, error.why, error.next_step)
         return
     err.print(Text.assemble(("error: ", "bold red"), error.what))
     if error.why:
@@ -70,16 +73,39 @@ def show_error(error: KpdeployError) -> None:
         err.print(Text.assemble((" next: ", "bold"), error.next_step))
 
 
+def show_usage_error(error: click.ClickException) -> None:
+    """What click found wrong with the command line."""
+    if wants_json():
+        _print_json_error("UsageError", error.exit_code, error.format_message(), "", "see --help")
+    else:
+        error.show()
+
+
+def show_interrupted() -> None:
+    if wants_json():
+        _print_json_error("Interrupted", INTERRUPTED, "interrupted", "", "")
+    else:
+        err.print("interrupted")
+
+
+def _print_json_error(kind: str, exit_code: int, what: str, why: str, next_step: str) -> None:
+    print_json({"error": {"kind": kind, "exit_code": exit_code, "what": what, "why": why, "next": next_step}})
+
+
 def show_defect(error: Exception) -> None:
     """An exception that no step foresaw: a defect of kpdeploy. The traceback goes to a file, not to the screen."""
-    with tempfile.NamedTemporaryFile("w", prefix="kpdeploy-", suffix=".log", delete=False) as log:
-        log.write(f"kpdeploy {__version__}\n")
-        traceback.print_exception(error, file=log)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="kpdeploy-", suffix=".log", delete=False) as log:
+            log.write(f"kpdeploy {__version__}\n")
+            traceback.print_exception(error, file=log)
+        report = f"please report it with {log.name}"
+    except OSError as refused:
+        report = f"please report it (its log could not be written: {refused})"
     show_error(
         KpdeployError(
             "kpdeploy failed in a way it should not",
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
-            next_step=f"please report it with {log.name}",
+            next_step=report,
         )
     )
 

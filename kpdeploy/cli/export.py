@@ -101,7 +101,9 @@ def parse_tolerances(texts: tuple[str, ...]) -> dict[str, float]:
         try:
             found[name.strip()] = float(value)
         except ValueError:
-            raise click.BadParameter(f"{text!r}: write it as float32=1e-4", param_hint="--tolerance") from None
+            found[name.strip()] = -1
+        if not 0 <= found[name.strip()] < float("inf"):
+            raise click.BadParameter(f"{text!r}: write it as float32=1e-4", param_hint="--tolerance")
     return found
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from kpdeploy.errors import FactoryFailed, FactoryReturned, InputMismatch, ModelNotFound
+from kpdeploy.decision import Decision, Skipped
+from kpdeploy.errors import FactoryFailed, FactoryReturned, InputMismatch, ModelNotFound, ModelRejectsInputs
 from kpdeploy.inputs import Array
 from kpdeploy.load import Request, model_name
 from kpdeploy.load.describe import (
@@ -47,14 +48,18 @@ def from_module(
     signature: Signature | None = None,
 ) -> Model:
     """A Model of a module: its inputs from --input, --example, `signature` or the example, whichever is there first."""
+    shown: Mapping[str, Array] | None = None
     if request.inputs:
         signature = parse_inputs(request.inputs)
     elif request.example is not None:
-        signature = signature_from_example(example_from_npz(request.example), max_batch=request.max_batch)
+        shown = example_from_npz(request.example)
     elif signature is None and example is not None:
-        signature = signature_from_example(_named(module, example), max_batch=request.max_batch)
+        shown = _named(module, example)
     elif signature is None:
         raise require_inputs(module)
+    if shown is not None:
+        signature = signature_from_example(shown, max_batch=request.max_batch)
+    assert signature is not None
     names = [spec.name for spec in signature.inputs]
     keywords = set(names) <= set(forward_names(module, len(names))) or _takes_keywords(module, names)
     if not keywords and not _takes(module, len(names)):
@@ -63,7 +68,19 @@ def from_module(
             why=f"forward() takes ({', '.join(_parameters(module))})",
             next_step="give the inputs the names of forward's parameters",
         )
-    return model_from_module(module, signature, name=model_name(request.name or name), source=source, keywords=keywords)
+
+    def described(signature: Signature, *decisions: Decision) -> Model:
+        called = model_name(request.name or name)
+        return model_from_module(module, signature, name=called, source=source, keywords=keywords, decisions=decisions)
+
+    try:
+        return described(signature)
+    except ModelRejectsInputs as error:
+        # That the first axis is a batch was assumed from the example; the example's own sizes must do.
+        if shown is None or not signature.axes:
+            raise
+        skipped = Skipped(what="dynamic axis batch", reason=f"the model takes the example's sizes only ({error.why})")
+        return described(signature_from_example(shown, max_batch=1), skipped)
 
 
 def _find(module_name: str, attribute: str) -> Any:
@@ -79,11 +96,15 @@ def _find(module_name: str, attribute: str) -> Any:
                 why=f"looked in {os.getcwd()} and the installed packages",
                 next_step="write package.module:factory, and run kpdeploy from the folder that holds the package",
             ) from None
-        raise FactoryFailed(f"importing {module_name} failed", why=f"ModuleNotFoundError: {error}") from None
-    except Exception as error:
         raise FactoryFailed(
             f"importing {module_name} failed",
-            why=f"{type(error).__name__}: {error}",
+            why=f"ModuleNotFoundError: {error}",
+            next_step=f"pip install what is missing ({error.name})",
+        ) from None
+    except (Exception, SystemExit) as error:
+        raise FactoryFailed(
+            f"importing {module_name} failed",
+            why=_one_line(error),
             next_step=f"run `python -c 'import {module_name}'` to see the whole error",
         ) from None
     for part in attribute.split("."):
@@ -91,7 +112,11 @@ def _find(module_name: str, attribute: str) -> Any:
             import difflib
 
             near = difflib.get_close_matches(part, dir(found), n=1)
-            raise ModelNotFound(f"{module_name} has no {attribute!r}", why=f"did you mean {near[0]!r}?" if near else "")
+            raise ModelNotFound(
+                f"{module_name} has no {attribute!r}",
+                why=f"did you mean {near[0]!r}?" if near else f"looked in {getattr(found, '__file__', module_name)}",
+                next_step="MODEL = package.module:factory names a callable that returns a torch.nn.Module",
+            )
         found = getattr(found, part)
     return found
 
@@ -100,15 +125,22 @@ def _call(factory: Any, argument: str) -> Any:
     if isinstance(factory, torch.nn.Module):
         return factory
     if not callable(factory):
-        raise FactoryReturned(f"{argument} is a {type(factory).__name__}, not a callable")
+        raise FactoryReturned(
+            f"{argument} is a {type(factory).__name__}, which cannot be called",
+            next_step="name a callable that returns a torch.nn.Module",
+        )
     try:
         return factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise FactoryFailed(
             f"{argument}() raised",
-            why=f"{type(error).__name__}: {error}",
+            why=_one_line(error),
             next_step=f"run `python -c 'from {argument.replace(':', ' import ')} as f; f()'` to see the whole error",
         ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def _named(module: torch.nn.Module, example: Any) -> dict[str, Array]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -18,6 +14,7 @@ from kpdeploy.errors import InputMismatch, ModelBroken, ModelUnsafe, PackageMiss
 from kpdeploy.inputs import default_values
 from kpdeploy.load import Request, model_name
 from kpdeploy.load.describe import example_from_npz, model_from_module, require_inputs, signature_from_example
+from kpdeploy.load.untrusted import archive_names, check_program, no_pickles
 from kpdeploy.model import Model
 from kpdeploy.signature import DTYPES, Axis, Signature, TensorSpec, Values, parse_inputs
 
@@ -109,14 +106,15 @@ def _gather_rows(graph: Any, name: str) -> Values | None:
 def load_program(argument: str, request: Request) -> Model:
     """An exported program that torch.export.save wrote."""
     path = Path(argument)
-    if any("/data/aotinductor/" in name for name in _archive(path)):
+    if any("/data/aotinductor/" in name for name in archive_names(path)):
         raise ModelBroken(
             f"{path} is already compiled by AOTInductor",
             why="it holds machine code, which cannot be exported again",
             next_step="give the exported program (torch.export.save), or the module itself",
         )
+    check_program(path)
     try:
-        with _no_pickles(path):
+        with no_pickles(path):
             program = torch.export.load(path)
     except ModelUnsafe:
         raise
@@ -124,7 +122,7 @@ def load_program(argument: str, request: Request) -> Model:
         raise _broken(path, "an exported program", error) from None
     signature = parse_inputs(request.inputs) if request.inputs else _program_inputs(program)
     model = model_from_module(
-        program.module(),
+        program.module(check_guards=False),  # guards are Python source in the file
         signature,
         name=model_name(request.name or path.stem),
         source=_source("pt2", path),
@@ -170,7 +168,7 @@ def _program_dim(size: Any, index: int, axes: dict[str, Axis], program: torch.ex
 def load_torchscript(argument: str, request: Request) -> Model:
     """A TorchScript archive. It does not say what it takes: --input or --example must."""
     path = Path(argument)
-    names = _archive(path)
+    names = archive_names(path)
     if not any("/code/" in name for name in names):
         raise ModelUnsafe(
             f"{path} is not TorchScript but a pickle (torch.save)",
@@ -197,54 +195,6 @@ def load_torchscript(argument: str, request: Request) -> Model:
         kind="torchscript",
     )
     return model
-
-
-def _archive(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (zipfile.BadZipFile, OSError) as error:
-        with path.open("rb") as file:
-            pickled = file.read(1) == b"\x80"
-        if pickled:
-            raise ModelUnsafe(
-                f"{path} is a pickle",
-                why="unpickling can run code from the file",
-                next_step="write a factory: MODEL = package.module:factory",
-            ) from None
-        raise _broken(path, f"a {path.suffix} archive", error) from None
-
-
-@contextmanager
-def _no_pickles(path: Path) -> Iterator[None]:
-    """Inside, torch loads tensors but no other pickled objects.
-
-    torch.export.load falls back to plain unpickling of sample inputs and constants, which a hostile file can use.
-    """
-    load = torch.load
-
-    def tensors_only(file: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return load(file, *args, **{**options, "weights_only": True})
-        except Exception as error:
-            raise unsafe(error) from None
-
-    def unsafe(error: object) -> ModelUnsafe:
-        return ModelUnsafe(
-            f"{path} holds pickled objects that are not tensors",
-            why="unpickling them can run code from the file",
-            next_step="export the program again without custom objects, or give the module by package.module:factory",
-        )
-
-    def refuse(*args: Any, **options: Any) -> Any:
-        raise unsafe("")
-
-    with (
-        mock.patch.object(torch, "load", tensors_only),
-        mock.patch("pickle.loads", refuse),
-        mock.patch("torch._C._pickle_load_obj", refuse, create=True),
-    ):
-        yield
 
 
 def _values_told(signature: Signature) -> list[Decision]:

@@ -71,9 +71,43 @@ def _open(transformers: Any, folder: Path, request: Request, sentence: bool) -> 
     if sentence:
         encoder = sentence_encoder(folder)
         return encoder.transformer.config, encoder
+    _refuse_own_code(transformers, folder)
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = _model_class(transformers, config, request.task, folder)
-    return config, kind.from_pretrained(folder, config=config, local_files_only=True, dtype="auto").eval()
+    return config, _with_weights(kind, folder, config)
+
+
+def _with_weights(kind: Any, folder: Path, config: Any = None, *, unused: str = "no tensor") -> torch.nn.Module:
+    """The module with the folder's weights; transformers would draw the missing ones at random, with a mere warning."""
+    module, told = kind.from_pretrained(
+        folder,
+        config=config,
+        local_files_only=True,
+        trust_remote_code=False,
+        dtype="auto",
+        output_loading_info=True,
+    )
+    missing = sorted(name for name in told["missing_keys"] if unused not in name)
+    if missing:
+        raise ModelBroken(
+            f"the weights in {folder} are not those of a {type(module).__name__}",
+            why=f"{len(missing)} of its tensors are missing there, such as {missing[0]}",
+            next_step="check that config.json and the safetensors belong together, or choose another --task",
+        )
+    module.eval()
+    found: torch.nn.Module = module
+    return found
+
+
+def _refuse_own_code(transformers: Any, folder: Path) -> None:
+    """An architecture that transformers lacks, with a Python file of its own, is not loaded: that would run the file."""
+    config = json.loads((folder / "config.json").read_text())
+    if "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise ModelUnsafe(
+            f"{folder} brings Python code of its own",
+            why=f"config.json names it under auto_map, and transformers itself has no {config.get('model_type')!r}",
+            next_step="read that code; then write a factory that builds the model: MODEL = package.module:factory",
+        )
 
 
 def _model_class(transformers: Any, config: Any, task: str | None, folder: Path) -> Any:
@@ -178,7 +212,8 @@ def sentence_encoder(folder: Path) -> SentenceEncoder:
             why=f"steps {', '.join(steps)}; pooling {', '.join(kinds)}",
             next_step="write a factory that returns the whole encoder: package.module:factory",
         )
-    module = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+    # The transformer's own pooler is not what pools here, and often not saved.
+    module = _with_weights(transformers.AutoModel, folder, unused="pooler.")
     return SentenceEncoder(module, pooling=kind, normalize="Normalize" in steps)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from kpdeploy.artifact import Artifact
 from kpdeploy.errors import ProofFailed
 from kpdeploy.inputs import Array
 from kpdeploy.runtimes import source
+from kpdeploy.scratch import work_folder
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -23,56 +25,76 @@ WORKER = Path(__file__).with_name("worker.py")
 class RuntimeProcess:
     """An artifact loaded from disk in a process of its own. A context manager: the process ends with it.
 
+    `runtime_file` and `python` put another runtime, or another environment's, in the place of the artifact's own.
+
     Raises:
         ProofFailed: the artifact cannot be loaded or run, with the runtime's own words.
     """
 
-    def __init__(self, artifact: Artifact, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        settings: Mapping[str, Any] | None = None,
+        *,
+        runtime_file: Path | None = None,
+        python: str = sys.executable,
+    ) -> None:
         self.artifact = artifact
+        self.runtime_file = runtime_file or source(artifact.format)
+        self.python = python
         self.settings = dict(artifact.settings if settings is None else settings)
         self.peak_bytes = 0
 
     def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="kpdeploy-run-")
-        self._log = (Path(self._folder.name) / "log").open("w+b")
-        self._process = subprocess.Popen(
+        with ExitStack() as held:
+            self._folder = held.enter_context(work_folder())
+            self._log = held.enter_context((self._folder / "log").open("w+b"))
+            self._process = held.enter_context(self._started())
+            held.callback(self._end)
+            self._ask({"load": self._job()}, "loaded")
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _started(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
             # -P keeps this package's folder off sys.path: its onnx.py is not the package onnx.
-            [sys.executable, "-P", str(WORKER)],
+            [self.python, "-P", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            # What a runtime unpacks for itself (AOTInductor does) ends with this process's folder.
+            env={**os.environ, "TMPDIR": str(self._folder)},
         )
+
+    def _job(self) -> dict[str, Any]:
         artifact = self.artifact
-        job = {
-            "runtime_file": str(source(artifact.format)),
+        return {
+            "runtime_file": str(self.runtime_file),
             "path": str(artifact.path),
             "inputs": list(artifact.input_names),
             "outputs": list(artifact.output_names),
             "settings": self.settings,
         }
-        try:
-            self._ask({"load": job}, "loaded")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def _end(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                stream.close()
+            # A process that died leaves what was meant for it unsent.
+            with suppress(BrokenPipeError):
+                if stream is not None:
+                    stream.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
-        self._folder.cleanup()
 
     def run(self, arrays: Sequence[Array]) -> list[Array]:
         """One call: arrays in call order in, arrays in the order of the outputs out."""
-        into = Path(self._folder.name) / "out.npz"
+        into = self._folder / "out.npz"
         self._ask({"run": self._write(arrays), "into": str(into)}, "run")
         with np.load(into, allow_pickle=False) as file:
             found = [file[str(i)] for i in range(len(file.files))]
@@ -85,7 +107,7 @@ class RuntimeProcess:
         return list(reply["milliseconds"])
 
     def _write(self, arrays: Sequence[Array]) -> str:
-        path = Path(self._folder.name) / "in.npz"
+        path = self._folder / "in.npz"
         np.savez(path, **{str(i): a for i, a in enumerate(arrays)})  # type: ignore[arg-type]
         return str(path)
 

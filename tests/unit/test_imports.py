@@ -17,7 +17,19 @@ import kpdeploy
 
 PACKAGE = Path(kpdeploy.__file__).parent
 LAYERS = (
-    {"signature", "inputs", "model", "baseline", "deployment", "compare", "artifact", "decision", "progress", "errors"},
+    {
+        "signature",
+        "inputs",
+        "model",
+        "baseline",
+        "deployment",
+        "compare",
+        "artifact",
+        "decision",
+        "progress",
+        "errors",
+        "scratch",
+    },
     {"backends", "ops", "hardware", "runtimes"},
     {"load", "optimize", "export", "verify", "bench", "serving", "monitoring"},
     {"pipeline"},
