@@ -1,0 +1,58 @@
+"""The main job: MiniLM with its real weights, in each format, served by a real Triton, equal to eager PyTorch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import kpdeploy
+from kpdeploy.compare import relative_error
+from kpdeploy.load.examples import minilm_folder
+from kpdeploy.load.huggingface import sentence_encoder
+from kpdeploy.pipeline import TARGETS
+from kpdeploy.serving.client import connect
+from kpdeploy.serving.triton.repository import read_repository
+
+FORMATS = TARGETS["triton"]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A repository with MiniLM in every format, and the gRPC address of the Triton that serves it."""
+    repo = tmp_path_factory.mktemp("models")
+    for format in FORMATS:
+        report = kpdeploy.export("minilm", repo=repo, format=format, name=f"minilm_{format}")
+        assert report.chosen.passed
+    with kpdeploy.serve(repo, http_port=0, grpc_port=0, metrics_port=0) as server:
+        yield repo, f"localhost:{server.ports.grpc}"
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("format", FORMATS)
+def test_triton_gives_the_embeddings_of_eager_pytorch(format: str, served: tuple[Path, str]) -> None:
+    repo, url = served
+    manifest = next(d.manifest for d in read_repository(str(repo)) if d.model == f"minilm_{format}")
+    encoder = sentence_encoder(minilm_folder())
+    rng = np.random.default_rng()
+    with connect(url) as client:
+        for batch, seq in ((1, 1), (1, 77), (5, 31), (32, 16)):
+            ids = rng.integers(0, 30522, (batch, seq))
+            mask = (np.arange(seq) < rng.integers(1, seq + 1, (batch, 1))).astype(np.int64)
+            answer = client.infer(manifest, {"input_ids": ids, "attention_mask": mask})["embedding"]
+            with torch.inference_mode():
+                expected = encoder(torch.from_numpy(ids), torch.from_numpy(mask))["embedding"].numpy()
+            assert relative_error(answer, expected) <= 1e-5, (batch, seq)
+
+
+def test_the_manifest_names_source_weights_versions_and_every_candidate(served: tuple[Path, str]) -> None:
+    repo, _ = served
+    kept = json.loads((repo / "minilm_onnx" / "1" / "manifest.json").read_text())
+    assert kept["source"]["example"] == "minilm"
+    assert len(kept["source"]["weights"]["model.safetensors"]) == 64
+    assert kept["environment"]["packages"]["torch"] == torch.__version__
+    assert {c["settings"]["graph_level"] for c in kept["formats"]} == {"all", "basic"}
