@@ -12,14 +12,12 @@ ready=$(mktemp)
 kpdeploy serve models/ --http-port 0 --grpc-port 0 --metrics-port 0 --json >"$ready" &
 server=$!
 trap 'kill "$server" 2>/dev/null && wait "$server" || true; rm -f "$ready"' EXIT
-# The one JSON object on its stdout says that a golden request came back right, and where.
-until url=$(python -c 'import json, sys; print(json.load(sys.stdin)["grpc"])' <"$ready" 2>/dev/null); do
-    if ! kill -0 "$server" 2>/dev/null; then
-        cat "$ready" >&2
-        wait "$server"
-    fi
-    sleep 0.2
-done
+# The one JSON object on its stdout says that a golden request came back right, and where; or why none did.
+until [ -s "$ready" ] || ! kill -0 "$server" 2>/dev/null; do sleep 0.5; done
+url=$(python -c 'import json, sys; print(json.load(sys.stdin)["grpc"])' <"$ready" 2>/dev/null) || {
+    cat "$ready" >&2
+    exit 1
+}
 
 kpdeploy verify models/ --url "$url"
 python examples/ask.py "$url"
