@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from kpdeploy.errors import ModelNotFound, UnknownName
 from kpdeploy.model import Model
 
 DEFAULT_MAX_BATCH = 8
+
+FILE_KINDS = (".onnx", ".pt2", ".pt", ".pth", ".ts")
+"""The files that can be a MODEL, by the end of their names; kpdeploy.load.files has a loader for each."""
 
 KINDS = """\
 a shipped example (minilm); package.module:factory; a Hugging Face folder; a .pt2 exported program;
@@ -46,31 +50,36 @@ def load_model(argument: str, request: Request | None = None) -> Model:
 
 
 def _loader(argument: str) -> Callable[[str, Request], Model]:
-    from kpdeploy.load import examples, factory, files, huggingface
+    """What loads MODEL. It is imported only once MODEL is known to exist: torch takes seconds."""
+    from kpdeploy.load import examples
 
     if argument in examples.EXAMPLES:
         return examples.load
     scheme = argument.partition(":")[0]
-    if scheme == "timm":
-        return huggingface.load_timm
-    if scheme == "transformers":
-        return huggingface.load_architecture
+    # os.path and not Path: it takes any text, however long.
+    if scheme in ("timm", "transformers") or os.path.isdir(argument):
+        from kpdeploy.load import huggingface
+
+        kinds = {"timm": huggingface.load_timm, "transformers": huggingface.load_architecture}
+        return kinds.get(scheme, huggingface.load_folder)
     path = Path(argument)
-    if path.is_dir():
-        return huggingface.load_folder
-    if path.suffix in files.LOADERS:
-        if not path.is_file():
+    if path.suffix in FILE_KINDS:
+        if not os.path.isfile(path):
             raise ModelNotFound(
                 f"there is no file {argument}", why=_near_file(path), next_step="check the path and its spelling"
             )
+        from kpdeploy.load import files
+
         return files.LOADERS[path.suffix]
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelNotFound(
             f"{argument} is a file of an unknown kind",
-            why=f"its name ends in {path.suffix or 'nothing'}; known are {', '.join(files.LOADERS)}",
+            why=f"its name ends in {path.suffix or 'nothing'}; known are {', '.join(FILE_KINDS)}",
             next_step=f"MODEL is one of: {KINDS}",
         )
     if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", argument):
+        from kpdeploy.load import factory
+
         return factory.load
     near = difflib.get_close_matches(argument, examples.EXAMPLES, n=1)
     raise ModelNotFound(

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 
 from kpdeploy.errors import PackageMissing
-from kpdeploy.load import Request, huggingface, model_name
+from kpdeploy.load import Request, model_name
 from kpdeploy.load.describe import model_from_module
 from kpdeploy.model import Model
 from kpdeploy.signature import parse_inputs
@@ -30,6 +30,8 @@ def minilm_folder() -> Path:
 
 
 def load(argument: str, request: Request) -> Model:
+    from kpdeploy.load import huggingface
+
     signature = parse_inputs(request.inputs or MINILM_INPUTS)
     folder = minilm_folder()
     encoder = huggingface.sentence_encoder(folder)

@@ -43,7 +43,6 @@ IMAGE_SIZE = 224
 def load_folder(argument: str, request: Request) -> Model:
     """A folder with config.json and *.safetensors; with modules.json it is a sentence-transformers encoder."""
     folder = Path(argument)
-    transformers = _transformers()
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             f"{argument} is a folder without a config.json",
@@ -59,6 +58,7 @@ def load_folder(argument: str, request: Request) -> Model:
         )
     if request.task is not None:
         choose("task", request.task, tuple(TASKS))
+    transformers = _transformers()
     source = {"kind": "huggingface", "folder": folder.name, "weights": weights_digest(folder)}
     sentence = (folder / "modules.json").is_file() and request.task in (None, "sentence-embedding")
     config, module = _reading(folder, lambda: _open(transformers, folder, request, sentence))
@@ -100,7 +100,7 @@ def _with_weights(kind: Any, folder: Path, config: Any = None, *, unused: str = 
 
 
 def _refuse_own_code(transformers: Any, folder: Path) -> None:
-    """An architecture that transformers lacks, with a Python file of its own, is not loaded: that would run the file."""
+    """An architecture that transformers lacks and a Python file brings is not loaded: that would run the file."""
     config = json.loads((folder / "config.json").read_text())
     if "auto_map" in config and config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ModelUnsafe(
