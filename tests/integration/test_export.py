@@ -143,7 +143,8 @@ def test_a_file_is_exported_to_each_format_that_it_allows(kind: str, tmp_path: P
     for format in formats[kind]:
         report = kpdeploy.export(str(path), repo=tmp_path / "models", format=format, input=stated)
         assert report.deployment.manifest.max_batch_size == 8
-        arrays = sample(report.deployment.manifest.signature, {"batch": 5}, np.random.default_rng(1))
+        point = {axis.name: 5 for axis in report.deployment.manifest.signature.axes}
+        arrays = sample(report.deployment.manifest.signature, point, np.random.default_rng(1))
         artifact = Artifact(
             format=format,
             folder=Path(report.deployment.folder),
