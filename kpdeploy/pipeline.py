@@ -218,7 +218,6 @@ def _load(
     max_batch: int | None,
 ) -> Model:
     from kpdeploy.load import DEFAULT_MAX_BATCH, Request, load_model
-    from kpdeploy.load.factory import from_module
 
     request = Request(
         inputs=tuple(texts),
@@ -229,6 +228,8 @@ def _load(
     )
     if isinstance(model, str):
         return load_model(model, request)
+    from kpdeploy.load.factory import from_module
+
     kind = type(model).__name__
     return from_module(model, inputs, request, name=kind, source={"kind": "module", "class": kind})
 

@@ -19,7 +19,7 @@ FILE_KINDS = (".onnx", ".pt2", ".pt", ".pth", ".ts")
 
 KINDS = """\
 a shipped example (minilm); package.module:factory; a Hugging Face folder; a .pt2 exported program;
-a TorchScript .pt; an .onnx file; timm:NAME; transformers:ARCH"""
+       a TorchScript .pt; an .onnx file; timm:NAME; transformers:ARCH"""
 
 
 @dataclass(frozen=True, kw_only=True)

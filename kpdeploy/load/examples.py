@@ -7,7 +7,6 @@ from pathlib import Path
 
 from kpdeploy.errors import PackageMissing
 from kpdeploy.load import Request, model_name
-from kpdeploy.load.describe import model_from_module
 from kpdeploy.model import Model
 from kpdeploy.signature import parse_inputs
 
@@ -31,6 +30,7 @@ def minilm_folder() -> Path:
 
 def load(argument: str, request: Request) -> Model:
     from kpdeploy.load import huggingface
+    from kpdeploy.load.describe import model_from_module
 
     signature = parse_inputs(request.inputs or MINILM_INPUTS)
     folder = minilm_folder()
