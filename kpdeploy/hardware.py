@@ -196,7 +196,7 @@ def environment() -> dict[str, Any]:
         "memory_bytes": machine.memory_bytes,
         "gpus": [asdict(gpu) for gpu in machine.gpus],
         "os": _os(),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "glibc": platform.libc_ver()[1],
         "python": platform.python_version(),
         "packages": packages(),
