@@ -13,7 +13,8 @@ from kpdeploy.signature import parse_inputs
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "peers.py"
 spec = importlib.util.spec_from_file_location("peers", PATH)
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 peers = importlib.util.module_from_spec(spec)
 sys.modules["peers"] = peers
 spec.loader.exec_module(peers)
