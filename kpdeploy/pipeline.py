@@ -193,11 +193,26 @@ def _told_when_full(work: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and shutil.disk_usage(work).free > FULL_BYTES:
             raise
-        raise DiskFull(
-            f"no space is left in the temporary folder {work.parent}",
-            why=_reason(error) if isinstance(error, KpdeployError) else str(error),
-            next_step="free space there, or set TMPDIR to a folder on a larger disk",
-        ) from None
+        raise _full(work, _reason(error) if isinstance(error, KpdeployError) else str(error)) from None
+
+
+def _full(work: Path, why: str) -> DiskFull:
+    return DiskFull(
+        f"no space is left in the temporary folder {work.parent}",
+        why=why,
+        next_step="free space there, or set TMPDIR to a folder on a larger disk",
+    )
+
+
+def _check_room(model: Model, format: str, work: Path) -> None:
+    """Raise DiskFull where the weights do not fit: torch ends the whole process when it cannot write TorchScript."""
+    if model.module is None:
+        needed = model.path.stat().st_size if model.path is not None else 0
+    else:
+        needed = sum(t.nbytes for t in (*model.module.parameters(), *model.module.buffers()))
+    free = shutil.disk_usage(work).free
+    if free < needed + FULL_BYTES:
+        raise _full(work, f"the {format} artifact needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free")
 
 
 def _tolerances(given: Mapping[str, float] | None) -> dict[str, float]:
@@ -330,6 +345,7 @@ def _try_formats(
 def _export_one(format: Format, capture: Capture, work: Path, progress: Progress) -> Artifact:
     folder = work / "artifacts" / format.name
     folder.mkdir(parents=True)
+    _check_room(capture.model, format.name, work)
     minute = " (compiles for about a minute)" if format.name == "pt2" else ""
     with progress.step(f"exporting {format.name}{minute}"):
         format.export(capture, folder)

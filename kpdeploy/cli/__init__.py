@@ -54,7 +54,7 @@ class LazyCommands(click.Group):
 
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else " See `kpdeploy --help`."
-            raise click.UsageError(f"no such command {args[0]!r}.{hint}")
+            raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
 
 

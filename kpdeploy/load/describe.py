@@ -4,6 +4,7 @@ the module runs at all and gives one answer."""
 from __future__ import annotations
 
 import inspect
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from kpdeploy.errors import InputMismatch, InputsUnknown, ModelRejectsInputs, Ou
 from kpdeploy.inputs import Array, default_values, sample
 from kpdeploy.load.flat import WIDER, Flat, named_tensors
 from kpdeploy.model import Model
-from kpdeploy.signature import Axis, Signature, TensorSpec, Values
+from kpdeploy.signature import DTYPES, Axis, Signature, TensorSpec, Values
 
 SEED = 20_26
 
@@ -238,14 +239,23 @@ def _check_answers(flat: Flat, signature: Signature) -> None:
 def example_from_npz(path: Any, names: Sequence[str] | None = None) -> dict[str, Array]:
     """The arrays of an .npz, in the order of `names` where given."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array without a name")
+        with file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputMismatch(
             f"cannot read the example {path}",
             why=str(error),
             next_step="write it with numpy.savez(path, input_name=array, …)",
         ) from None
+    for name, array in arrays.items():
+        if str(array.dtype) not in DTYPES:
+            raise InputMismatch(
+                f"the array {name} of the example {path} is of the dtype {array.dtype}",
+                next_step=f"use one of {', '.join(DTYPES)}",
+            )
     if names is not None and set(arrays) != set(names):
         raise InputMismatch(
             f"the example {path} holds {', '.join(arrays)}",
