@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from kpdeploy.compare import relative_error
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ExportFailed, FormatUnavailable
 from kpdeploy.inputs import sample
 from kpdeploy.model import Model
 from kpdeploy.signature import Axis, Signature
+
+ROUNDING = 1e-6
+"""Relative difference between two runs of the same operators that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Capture:
 
     model: Model
     folder: Path
+    decisions: list[Decision] = field(default_factory=list)
+    """What an export had to do differently from what was asked."""
 
     @property
     def signature(self) -> Signature:
@@ -54,6 +63,24 @@ class Capture:
         return _program(self.model)
 
     @cached_property
+    def widened(self) -> torch.export.ExportedProgram:
+        """The program, computing in float32 where the module computes in bfloat16: no CPU kernel of ONNX Runtime
+        takes that."""
+        module = self.model.module
+        if module is None or self.model.kind != "module" or not _has_bfloat16(module):
+            return self.program
+        wide = copy.deepcopy(module).float()
+        wide.dtypes = []  # type: ignore[assignment]  # of a Flat: inputs come as float32 and stay so
+        program = _program(replace(self.model, module=wide, program=None))
+        self.decisions.append(
+            Applied(
+                what="ONNX and OpenVINO compute in float32",
+                detail="the weights are bfloat16, for which ONNX Runtime has no CPU kernels",
+            )
+        )
+        return program
+
+    @cached_property
     def onnx_file(self) -> Path:
         """The model as ONNX, written once for all formats that start from it."""
         from kpdeploy.export import onnx
@@ -62,6 +89,10 @@ class Capture:
         folder.mkdir()
         onnx.export(self, folder)
         return folder / "model.onnx"
+
+
+def _has_bfloat16(module: torch.nn.Module) -> bool:
+    return any(t.dtype is torch.bfloat16 for t in (*module.parameters(), *module.buffers()))
 
 
 def settle_axes(model: Model, *, stated: bool) -> Model:
@@ -93,19 +124,66 @@ def settle_axes(model: Model, *, stated: bool) -> Model:
 
 
 def _program(model: Model) -> torch.export.ExportedProgram:
+    """Capture with the signature's axes, sparing the model torch.export's own objections to small sizes.
+
+    torch.export wants one graph to be right for sizes 1 and 2 too, and refuses where Python code asks about them,
+    even if both answers come to the same. Its relaxed modes give a graph then, which is kept only if it gives the
+    model's answers at those sizes.
+    """
     signature = model.signature
     dims = {a.name: torch.export.Dim(a.name, min=a.min, max=a.max) for a in signature.axes}
     shapes = [{i: dims[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs]
-    return _export(model, shapes)
+    try:
+        return _export(model, shapes)
+    except ExportFailed as error:
+        if not _is_about_sizes(error):
+            raise
+        refused = error
+    for oblivious in (True, False):
+        with suppress(ExportFailed):
+            program = _export(model, shapes, oblivious=oblivious, deferred=not oblivious)
+            if _agrees(model, program):
+                return program
+    raise refused
 
 
-def _export(model: Model, shapes: list[dict[int, Any]]) -> torch.export.ExportedProgram:
+def _is_about_sizes(error: ExportFailed) -> bool:
+    return "Constraints violated" in error.why
+
+
+def _agrees(model: Model, program: torch.export.ExportedProgram) -> bool:
+    """Does the program give the model's answers at small, odd and largest sizes?"""
+    assert model.module is not None
+    run, rng = program.module(check_guards=False), np.random.default_rng(1)
+    for size in (1, 2, 3, 5, 8, 17, max((a.max for a in model.signature.axes), default=1)):
+        point = {a.name: min(max(size, a.min), a.max) for a in model.signature.axes}
+        tensors = [torch.from_numpy(a) for a in sample(model.signature, point, rng).values()]
+        try:
+            with torch.no_grad():
+                pairs = zip(run(*tensors), model.module(*tensors), strict=True)
+                if any(relative_error(a.numpy(), b.numpy()) > ROUNDING for a, b in pairs):
+                    return False
+        except Exception:  # whatever it raises: the graph does not hold at this size
+            return False
+    return True
+
+
+def _export(
+    model: Model, shapes: list[dict[int, Any]], *, oblivious: bool = False, deferred: bool = False
+) -> torch.export.ExportedProgram:
+    """torch.export at the capture point. `oblivious`: no size is taken for 1; `deferred`: what it would ask of sizes
+    becomes an assertion in the graph."""
     assert model.module is not None
     arrays = sample(model.signature, _capture_point(model.signature), np.random.default_rng(0))
     tensors = tuple(torch.from_numpy(a) for a in arrays.values())
     try:
-        with quiet(), torch.no_grad():
-            return torch.export.export(model.module, tensors, dynamic_shapes=(tuple(shapes),))
+        with quiet(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=oblivious):
+            return torch.export.export(
+                model.module,
+                tensors,
+                dynamic_shapes=(tuple(shapes),),
+                prefer_deferred_runtime_asserts_over_guards=deferred,
+            )
     except Exception as error:
         raise ExportFailed(
             f"torch.export cannot capture {model.name}",
@@ -122,13 +200,13 @@ def _capture_point(signature: Signature) -> dict[str, int]:
 def _axes_that_hold(model: Model, refused: ExportFailed) -> tuple[Signature, list[Decision]]:
     """Let torch.export decide which axes can vary, and freeze or narrow the others."""
     signature = model.signature
-    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}
+    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}  # type: ignore[operator]
     shapes = [{i: hints[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs]
-    program = _export(model, shapes)
+    program = _export(model, shapes, deferred=True)
     lead = signature.inputs[0].shape[0] if signature.inputs[0].shape else None
     decisions: list[Decision] = []
     for axis in signature.axes:
-        captured = _captured_axis(program, signature, axis)
+        captured = _captured_axis(program, signature, axis, refused)
         if isinstance(captured, Axis):
             if captured != axis:
                 what = f"axis {axis.name} narrowed to {captured.min}..{captured.max}"
@@ -144,7 +222,9 @@ def _axes_that_hold(model: Model, refused: ExportFailed) -> tuple[Signature, lis
     return signature, decisions
 
 
-def _captured_axis(program: torch.export.ExportedProgram, signature: Signature, axis: Axis) -> Axis | int | None:
+def _captured_axis(
+    program: torch.export.ExportedProgram, signature: Signature, axis: Axis, refused: ExportFailed
+) -> Axis | int | None:
     """How the capture sees an axis: still free (with its range), a constant, or None for anything else."""
     places = {
         spec_index: spec.shape.index(axis.name)
@@ -159,9 +239,12 @@ def _captured_axis(program: torch.export.ExportedProgram, signature: Signature, 
     bounds = program.range_constraints.get(size.node.expr)
     if bounds is None or not size.node.expr.is_symbol:
         return None
-    low, high = max(axis.min, int(bounds.lower)), min(axis.max, int(bounds.upper))
-    # A lower bound of 2 is torch.export's own assumption, not the model's.
-    return Axis(name=axis.name, min=axis.min if low == 2 else low, max=high)
+    low, high = int(bounds.lower), min(axis.max, int(bounds.upper))
+    # A lower bound of 2 is torch.export's own assumption, unless it named the axis when it refused.
+    named = re.search(r"Constraints violated \(([^)]*)\)", refused.why)
+    if low == 2 and (named is None or axis.name not in named[1].split(", ")):
+        low = axis.min
+    return Axis(name=axis.name, min=max(axis.min, low), max=high)
 
 
 def reason(error: BaseException) -> str:
@@ -176,7 +259,8 @@ def quiet() -> Iterator[None]:
     """Exporters warn of their own internals: nothing that a user could act on."""
     loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # torch.export prints the graph so far to stderr when it gives up.
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -35,9 +35,11 @@ def export(capture: Capture, folder: Path) -> None:
         with quiet():
             import torch
 
-            program = torch.onnx.export(capture.program, dynamo=True, opset_version=OPSET, verbose=False)
+            program = torch.onnx.export(capture.widened, dynamo=True, opset_version=OPSET, verbose=False)
         assert program is not None
+        _attend_nothing_where_all_is_masked(program.model.graph)
         _name_tensors(program.model, capture)
+        _forget_sources(program.model.graph)
         weights = [v.const_value for v in program.model.graph.initializers.values() if v.const_value is not None]
         large = sum(tensor.nbytes for tensor in weights) > PROTOBUF_LIMIT_BYTES
         program.save(str(target), external_data=large)
@@ -64,6 +66,45 @@ def _copy(path: Path, folder: Path) -> None:
         if Path(name).name != name:
             raise ExportFailed(f"{path} keeps its weights outside its own folder", why=f"location {name!r}")
         shutil.copyfile(path.parent / name, folder / name)
+
+
+def _attend_nothing_where_all_is_masked(graph: Any) -> None:
+    """Make attention with a boolean mask give zeros for a query that may look at nothing, as PyTorch does.
+
+    The exporter masks with the lowest finite number, whose softmax over such a row is uniform, and then looks for
+    NaN, which never comes: `Where(IsNaN(weights), 0, weights)`. This becomes `weights * mask` (a Where would do too,
+    but OpenVINO's compiler fails on it).
+    """
+    import onnx_ir as ir
+
+    for node in list(graph):
+        if node.op_type != "Where" or _maker(node.inputs[0]) != "IsNaN":
+            continue
+        weights = node.inputs[2]
+        if _maker(weights) != "Softmax" or _maker(weights.producer().inputs[0]) != "Add":
+            continue
+        masks = [v.producer() for v in weights.producer().inputs[0].producer().inputs if _maker(v) == "Where"]
+        if len(masks) == 1:
+            cast = ir.node("CastLike", [masks[0].inputs[0], weights])
+            kept = ir.node("Mul", [weights, cast.outputs[0]])
+            kept.outputs[0].dtype, kept.outputs[0].shape = node.outputs[0].dtype, node.outputs[0].shape
+            graph.insert_before(node, [cast, kept])
+            ir.convenience.replace_all_uses_with(node.outputs[0], kept.outputs[0])
+            graph.remove(node, safe=True)
+
+
+def _maker(value: Any) -> str:
+    """The operator that makes a value; empty for inputs and weights."""
+    node = value.producer() if value is not None else None
+    return "" if node is None else str(node.op_type)
+
+
+def _forget_sources(graph: Any) -> None:
+    """Drop each node's Python stack trace: the paths of whoever exported are nobody else's business."""
+    import onnx_ir as ir
+
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)
 
 
 def _name_tensors(model: Any, capture: Capture) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from kpdeploy.errors import ExportFailed, PackageMissing
+from kpdeploy.decision import Applied
+from kpdeploy.errors import ExportFailed, FormatUnavailable, PackageMissing
 
 if TYPE_CHECKING:
     from kpdeploy.export.capture import Capture
@@ -21,10 +22,18 @@ def export(capture: Capture, folder: Path) -> None:
         raise PackageMissing(
             "the format openvino needs the package openvino", next_step="pip install openvino"
         ) from None
-    source = capture.onnx_file
+    doubles = [s.name for s in (*capture.signature.inputs, *capture.signature.outputs) if s.dtype == "float64"]
+    if doubles:
+        raise FormatUnavailable(
+            f"OpenVINO computes float64 in float32, and {doubles[0]} is float64",
+            next_step="try another format: --format onnx, torchscript or pt2; or convert the module with .float()",
+        )
+    source = _source(capture)
     try:
         with quiet():
-            model = openvino.convert_model(str(source))
+            model = openvino.convert_model(source)
+            for port, spec in zip(model.inputs, capture.signature.inputs, strict=True):
+                port.get_tensor().add_names({spec.name})
             for port, spec in zip(model.outputs, capture.signature.outputs, strict=True):
                 port.get_tensor().set_names({spec.name})
             openvino.save_model(model, str(folder / "model.xml"), compress_to_fp16=False)
@@ -34,3 +43,16 @@ def export(capture: Capture, folder: Path) -> None:
             why=reason(error),
             next_step="try another format: --format onnx, torchscript or pt2",
         ) from None
+
+
+def _source(capture: Capture) -> Any:
+    """What OpenVINO converts: the ONNX file, or the exported program where there can be no ONNX file."""
+    try:
+        return str(capture.onnx_file)
+    except ExportFailed as error:
+        if capture.model.kind == "onnx":
+            raise
+        capture.decisions.append(
+            Applied(what="OpenVINO converts the exported program", detail=f"there is no ONNX graph: {error.why}")
+        )
+        return capture.program

@@ -53,7 +53,8 @@ def scripted(program: torch.export.ExportedProgram, input_names: list[str]) -> t
     """The program as a ScriptModule whose forward takes `input_names` and returns a tuple of tensors."""
     import torch
 
-    holder = torch.nn.Module()
+    # TorchScript knows classes by name and members: one of its own keeps two exports in a process apart.
+    holder = type("Exported", (torch.nn.Module,), {})()
     source = _Source(program, holder, input_names).text()
     module = torch.jit.script(holder.eval())
     module.define(source)
