@@ -27,7 +27,8 @@ class Ports:
     @property
     def client_host(self) -> str:
         """Where a client on this machine finds the server."""
-        return "localhost" if self.host in ("127.0.0.1", "0.0.0.0", "::") else self.host
+        # Not "localhost": a bare container may have no /etc/hosts, and elsewhere the name may mean ::1 first.
+        return {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(self.host, self.host)
 
 
 def claim(ports: Ports) -> Ports:
