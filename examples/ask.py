@@ -50,7 +50,9 @@ def pytorch(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The same by eager PyTorch, straight from the weights: mean over the tokens, length 1."""
     import torch
     from transformers import AutoModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModel.from_pretrained(minilm_folder(), local_files_only=True).eval()
     with torch.inference_mode():
         hidden = model(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state
