@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 OPSET = 20
 """The newest opset that ONNX Runtime 1.17 and later load: Gelu is an operator in it."""
 
-PROTOBUF_LIMIT_BYTES = 1_800_000_000
-"""A protobuf holds 2 GB: larger weights go to a file beside the graph."""
+INLINE_BYTES = 16_000_000
+"""Larger weights go to a file beside the graph: a protobuf holds 2 GB at most, costs several copies of its contents
+to write and to read, and cannot be mapped into memory."""
 
 
 def export(capture: Capture, folder: Path) -> None:
@@ -41,7 +42,7 @@ def export(capture: Capture, folder: Path) -> None:
         _name_tensors(program.model, capture)
         _forget_sources(program.model.graph)
         weights = [v.const_value for v in program.model.graph.initializers.values() if v.const_value is not None]
-        large = sum(tensor.nbytes for tensor in weights) > PROTOBUF_LIMIT_BYTES
+        large = sum(tensor.nbytes for tensor in weights) > INLINE_BYTES
         program.save(str(target), external_data=large)
     except ExportFailed:
         raise
