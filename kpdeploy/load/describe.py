@@ -82,18 +82,22 @@ def _values_of(array: Array) -> Values | None:
 
 
 def forward_names(module: torch.nn.Module, count: int) -> list[str]:
-    """The names of the first `count` parameters of forward; input_0, … where it takes *args."""
-    parameters = [
-        p.name
-        for p in inspect.signature(module.forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
+    """The names of the first `count` parameters of forward; input_0, … where it takes *args, or does not say."""
+    try:
+        known = inspect.signature(module.forward).parameters.values()
+    except ValueError:  # of a TorchScript method
+        return [f"input_{i}" for i in range(count)]
+    parameters = [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return parameters[:count] if len(parameters) >= count else [f"input_{i}" for i in range(count)]
 
 
 def require_inputs(module: torch.nn.Module) -> InputsUnknown:
     """The error for a module of which nobody said what it takes, with a line to complete."""
-    names = forward_names(module, sum(1 for _ in inspect.signature(module.forward).parameters)) or ["input"]
+    try:
+        count = len(inspect.signature(module.forward).parameters)
+    except ValueError:  # a TorchScript method has none
+        count = 1
+    names = forward_names(module, count) or ["input"]
     return InputsUnknown(
         "nothing says what the model's inputs are",
         why="the model came without example inputs, and no --input or --example was given",

@@ -14,6 +14,7 @@ from kpdeploy.errors import InputMismatch, ModelBroken, ModelUnsafe, PackageMiss
 from kpdeploy.inputs import default_values
 from kpdeploy.load import Request, model_name
 from kpdeploy.load.describe import example_from_npz, model_from_module, require_inputs, signature_from_example
+from kpdeploy.load.reference import import_onnxruntime
 from kpdeploy.load.untrusted import archive_names, check_program, no_pickles
 from kpdeploy.model import Model
 from kpdeploy.signature import DTYPES, Axis, Signature, TensorSpec, Values, parse_inputs
@@ -24,7 +25,8 @@ def load_onnx(argument: str, request: Request) -> Model:
     path = Path(argument)
     try:
         import onnx
-        import onnxruntime
+
+        onnxruntime = import_onnxruntime()
     except ImportError as error:
         raise PackageMissing(f"an ONNX model needs {error.name}", next_step="pip install 'kpdeploy[export]'") from None
     try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -46,9 +48,16 @@ def _eager(model: Model) -> Callable[[Tensors], list[Array]]:
     return run
 
 
-def _onnx(model: Model) -> Callable[[Tensors], list[Array]]:
+def import_onnxruntime() -> Any:
+    """onnxruntime, without the news of every model that it sends to its maker since 1.29, unless told before."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
+    return onnxruntime
+
+
+def _onnx(model: Model) -> Callable[[Tensors], list[Array]]:
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(str(model.path), options, providers=["CPUExecutionProvider"])

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 from kpdeploy.errors import ModelBroken, ModelUnsafe
 
 
@@ -43,9 +41,11 @@ def archive_names(path: Path) -> list[str]:
 
 
 # What torch.export.load puts into Python source or hands to sympy's eval, and the characters that each needs. None
-# of them can spell a call of something that is not a class of sympy's.
+# of them can spell a call of anything but sympy's classes and a few functions of numbers.
 _NAME = re.compile(r"[\w.:$-]*")
-_EXPRESSION = re.compile(r"(?!.*__)(?!.*\.\s*[A-Za-z_])(?!.*\b[a-z_]\w*\s*\()[\w\s+\-*/%(),.<>=&|~^]*")
+_EXPRESSION = re.compile(
+    r"(?s)(?!.*__)(?!.*\.\s*[A-Za-z_])(?!.*\b(?!(?:sqrt|ceiling|floor|exp|log)\b)[a-z_]\w*\s*\()[\w\s+\-*/%(),.<>=&|~^]*"
+)
 _TREE = re.compile(r'(?!.*__enum__)[\w\s\[\]{}",:.\\-]*')
 _PLAIN = {"name": _NAME, "forward_arg_names": _NAME, "expr_str": _EXPRESSION, "in_spec": _TREE, "out_spec": _TREE}
 _SYMBOL_KEYS = "range_constraints"
@@ -90,6 +90,8 @@ def no_pickles(path: Path) -> Iterator[None]:
 
     torch.export.load falls back to plain unpickling of sample inputs and constants, which a hostile file can use.
     """
+    import torch
+
     load = torch.load
 
     def tensors_only(file: Any, *args: Any, **options: Any) -> Any:

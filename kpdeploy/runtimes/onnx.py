@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+# Since 1.29 it sends news of every model to its maker, and leaves a file in the temporary folder, unless told first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 Arrays = Sequence[np.ndarray[Any, Any]]
