@@ -472,8 +472,9 @@ def child(row: Architecture, formats: Sequence[str], into: Path) -> None:
         try:
             model = settle_axes(build(row), stated=False)
             asked = questions(model.signature, reference(model), np.random.default_rng(SEED))
-        except KpdeployError as error:
-            found["formats"] = {name: {"passed": False, "reason": told(error)} for name in formats}
+        except Exception as error:
+            reason = told(error) if isinstance(error, KpdeployError) else f"unforeseen {type(error).__name__}: {error}"
+            found["formats"] = {name: {"passed": False, "reason": reason} for name in formats}
             return write()
         found["inputs"] = [str(spec) for spec in model.signature.inputs]
         found["axes"] = {a.name: [a.min, a.max] for a in model.signature.axes}

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.fx.experimental._config as _sizes
 
 from kpdeploy.compare import relative_error
 from kpdeploy.decision import Applied, Decision, Skipped
@@ -177,7 +178,7 @@ def _export(
     arrays = sample(model.signature, _capture_point(model.signature), np.random.default_rng(0))
     tensors = tuple(torch.from_numpy(a) for a in arrays.values())
     try:
-        with quiet(), torch.no_grad(), torch.fx.experimental._config.patch(backed_size_oblivious=oblivious):
+        with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
             return torch.export.export(
                 model.module,
                 tensors,
@@ -200,7 +201,7 @@ def _capture_point(signature: Signature) -> dict[str, int]:
 def _axes_that_hold(model: Model, refused: ExportFailed) -> tuple[Signature, list[Decision]]:
     """Let torch.export decide which axes can vary, and freeze or narrow the others."""
     signature = model.signature
-    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}  # type: ignore[operator]
+    hints = {a.name: torch.export.Dim.AUTO(min=a.min, max=a.max) for a in signature.axes}
     shapes = [{i: hints[d] for i, d in enumerate(s.shape) if isinstance(d, str)} for s in signature.inputs]
     program = _export(model, shapes, deferred=True)
     lead = signature.inputs[0].shape[0] if signature.inputs[0].shape else None
@@ -244,6 +245,8 @@ def _captured_axis(
     named = re.search(r"Constraints violated \(([^)]*)\)", refused.why)
     if low == 2 and (named is None or axis.name not in named[1].split(", ")):
         low = axis.min
+    if low >= high:  # a constant, written as a range
+        return None
     return Axis(name=axis.name, min=max(axis.min, low), max=high)
 
 

@@ -54,9 +54,9 @@ def scripted(program: torch.export.ExportedProgram, input_names: list[str]) -> t
     import torch
 
     # TorchScript knows classes by name and members: one of its own keeps two exports in a process apart.
-    holder = type("Exported", (torch.nn.Module,), {})()
+    holder: torch.nn.Module = type("Exported", (torch.nn.Module,), {})()
     source = _Source(program, holder, input_names).text()
-    module = torch.jit.script(holder.eval())
+    module: torch.jit.ScriptModule = torch.jit.script(holder.eval())
     module.define(source)
     return module
 

@@ -299,8 +299,10 @@ def _longest(module: torch.nn.Module, config: Any) -> int:
     if not isinstance(rows, int) or rows <= 0:
         return LONGEST
     # RoBERTa and its kin count positions from padding_idx + 1, in a table that is larger by as much.
-    tables = [m for m in module.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings == rows]
-    offset = max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
+    tables: list[Any] = [
+        m for m in module.modules() if getattr(m, "padding_idx", None) is not None and hasattr(m, "weight")
+    ]
+    offset: int = max((t.padding_idx + 1 for t in tables if len(t.weight) == rows), default=0)
     return min(rows - offset, LONGEST)
 
 

@@ -1,4 +1,5 @@
 """Small models that are awkward in one way each, through every format that needs no compiler."""
+# ruff: noqa: E402  (what needs torch is imported after it was found to be there)
 
 import importlib.util
 from collections.abc import Callable
@@ -212,8 +213,11 @@ def worst_errors(model: Model, format: str, folder) -> dict[str, tuple[float, fl
     return worst
 
 
-REFUSED = {("complex", "openvino"), ("float64", "openvino")}
-"""What OpenVINO cannot compute."""
+REFUSED = {("float64", "openvino")}
+"""What a format says beforehand that it cannot compute."""
+
+WRONG = {("complex", "openvino")}
+"""What only the proof finds: OpenVINO misreads ONNX's DFT."""
 
 BFLOAT16 = 1.6e-2
 """Twice bfloat16's epsilon: ONNX and OpenVINO compute in float32, so the reference is what rounds."""
@@ -229,6 +233,9 @@ def test_an_awkward_model_gives_its_own_answers(name, format, tmp_path):
         assert refused.value.next_step
         return
     worst = worst_errors(load(*MODELS[name]), format, tmp_path)
+    if (name, format) in WRONG:
+        assert any(error > allowed for error, allowed in worst.values())
+        return
     assert worst
     assert {
         output: error
