@@ -62,12 +62,17 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the proof of one artifact showed."""
+    """What the proof of one artifact showed.
+
+    `padded_axes`: along these a request may be padded by zeros and gets the same answer; `padding` says what showed it.
+    """
 
     comparisons: tuple[Comparison, ...]
     points: int
     max_batch_size: int
     notes: tuple[str, ...] = ()
+    padded_axes: tuple[str, ...] = ()
+    padding: Decision | None = None
 
     @property
     def passed(self) -> bool:
@@ -109,6 +114,7 @@ class Manifest:
     source: Mapping[str, Any]
     environment: Mapping[str, Any]
     created: str
+    padded_axes: tuple[str, ...] = ()
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -139,7 +145,9 @@ class Manifest:
                 )
             data["signature"] = Signature.from_json(data["signature"])
             data["decisions"] = tuple(_decision(d) for d in data["decisions"])
-            for name in ("input_names", "output_names", "formats"):
+            # Versions of before padding was proven have none.
+            data.setdefault("padded_axes", ())
+            for name in ("input_names", "output_names", "formats", "padded_axes"):
                 data[name] = tuple(data[name])
             return cls(**data)
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -37,6 +37,7 @@ from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
 from kpdeploy.model import Model
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
+from kpdeploy.runtimes.worker import peak_bytes
 from kpdeploy.scratch import work_folder
 from kpdeploy.signature import Point, Signature, parse_inputs
 from kpdeploy.verify import Question, failure, prove, questions
@@ -173,7 +174,7 @@ def export(
         decisions=deployment.manifest.decisions,
         baseline=baseline,
         seconds=time.perf_counter() - started,
-        peak_bytes=_peak_bytes(),
+        peak_bytes=peak_bytes(),
     )
 
 
@@ -429,6 +430,8 @@ def _decided(candidates: Sequence[Candidate], chosen: Candidate) -> Iterator[Dec
     assert chosen.verdict is not None
     for note in chosen.verdict.notes:
         yield Skipped(what="dynamic batching", reason=note)
+    if chosen.verdict.padding is not None and chosen.format != "pt2":
+        yield chosen.verdict.padding
     if chosen.format == "pt2":
         reason = "NVIDIA's torch_aoti (beta) does not batch requests yet"
         yield Skipped(what="dynamic batching", reason=reason)
@@ -470,6 +473,7 @@ def _manifest(
         source={**model.source, "git": _git_state()},
         environment=environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        padded_axes=() if chosen.format == "pt2" else chosen.verdict.padded_axes,
     )
 
 
@@ -493,10 +497,3 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (subprocess.SubprocessError, OSError):
         return None
-
-
-def _peak_bytes() -> int:
-    """The largest resident size of this process and of any one of its children."""
-    import resource
-
-    return 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -111,6 +111,8 @@ def _show(server: Server, repo: str, *, as_json: bool) -> None:
     console.table(("", ""), [("HTTP", server.http), ("gRPC", server.grpc), ("metrics", server.metrics)])
     for served in server.served.values():
         console.err.print(f"[dim]{served}[/]")
+        if served.padding:
+            console.err.print(f"[dim]{served.padding}[/]")
     console.err.print(f"[dim]log: {server.log}[/]\n[dim]ready; Ctrl-C ends the server[/]")
     console.next_command(f"kpdeploy verify {repo} --url {server.grpc}")
 
@@ -124,5 +126,6 @@ def _model(served: Served) -> dict[str, Any]:
         "runtime": served.runtime,
         "native": served.native,
         "max_batch_size": manifest.max_batch_size,
+        "padded_axes": [] if served.native else manifest.padded_axes,
         "run_by": str(served),
     }

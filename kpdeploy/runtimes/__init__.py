@@ -21,5 +21,5 @@ PACKAGES = {"onnx": ("onnxruntime",), "torchscript": ("torch",), "pt2": ("torch"
 
 
 def source(runtime: str) -> Path:
-    """The file of a runtime, to be run or copied."""
+    """The file of a runtime, or of `ragged`, to be run or copied."""
     return Path(__file__).with_name(f"{runtime}.py")

@@ -41,6 +41,7 @@ def manifest(folder: Path) -> Manifest:
         source={"kind": "test"},
         environment={"packages": {"torch": "2.13.0"}},
         created="2026-01-01T00:00:00Z",
+        padded_axes=("seq",),
     )
 
 
@@ -48,6 +49,13 @@ def test_a_manifest_survives_its_file(version: Path) -> None:
     written = manifest(version)
     written.write(version)
     assert Manifest.read(version) == written
+
+
+def test_a_manifest_of_before_padding_was_proven_is_read_without_it(version: Path) -> None:
+    data = manifest(version).to_json()
+    del data["padded_axes"]
+    (version / MANIFEST).write_text(json.dumps(data))
+    assert Manifest.read(version) == replace(manifest(version), padded_axes=())
 
 
 def test_files_as_proven_pass(version: Path) -> None:

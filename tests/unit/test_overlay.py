@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kpdeploy.compare import TOLERANCES
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import DigestMismatch, LibraryMissing, PortInUse, ServerUnavailable, UnknownName
 from kpdeploy.progress import Progress
+from kpdeploy.runtimes import source
 from kpdeploy.serving.triton import control, environment, overlay, scratch
 from kpdeploy.serving.triton.config import read_config
 from kpdeploy.serving.triton.overlay import link_backends, overlay_config, write_overlay
@@ -105,6 +107,22 @@ def test_an_overlay_keeps_the_configuration_and_changes_what_runs_it(repo: Path,
     assert str(served).startswith("scale v1: model.pt2 run by torch 2.13.0 inside Triton's python backend; ")
 
 
+def test_only_where_padding_was_proven_the_overlay_takes_ragged_batches_and_says_so(repo: Path, tmp_path: Path) -> None:
+    native = deployment(repo)
+    plain = write_overlay(native, tmp_path / "plain", backends_dir=None, versions={})
+    proven = replace(native, manifest=replace(native.manifest, padded_axes=("n",)))
+    served = write_overlay(proven, tmp_path / "o", backends_dir=None, versions={})
+    flags = {
+        folder: [e.allow_ragged_batch for e in read_config((folder / "scale/config.pbtxt").read_text(), where="").input]
+        for folder in (tmp_path / "plain", tmp_path / "o", repo)
+    }
+    # Only x has the axis; the native configuration stays as it is.
+    assert list(flags.values()) == [[False, False], [True, False], [False, False]]
+    assert json.loads((tmp_path / "o/scale/1/artifact.json").read_text())["padded_axes"] == {"n": 9}
+    assert plain.padding == ""
+    assert served.padding.startswith("scale: requests of different n are padded and merged here; NVIDIA's container")
+
+
 def test_the_artifact_is_not_copied(repo: Path, tmp_path: Path) -> None:
     write_overlay(deployment(repo), tmp_path / "o", backends_dir=None, versions={})
     described = json.loads((tmp_path / "o/scale/1/artifact.json").read_text())
@@ -166,6 +184,18 @@ def test_the_backend_folder_holds_the_users_backends_and_the_bundled_python_one(
 class Request:
     def __init__(self, x: Any, k: float) -> None:
         self.tensors = {"INPUT__0": np.asarray(x, np.float32), "INPUT__1": np.full((len(x), 1), k, np.float32)}
+        self.sent: list[Any] = []
+
+    def get_response_sender(self) -> Any:
+        return types.SimpleNamespace(send=lambda response, flags: self.sent.append(response))
+
+
+def execute(running: Any, requests: list[Request]) -> list[Any]:
+    """What each request was answered, whether it was returned or sent before; one answer each."""
+    returned = running.execute(requests)
+    answers = [[*request.sent, *([] if returned is None else [returned[i]])] for i, request in enumerate(requests)]
+    assert all(len(found) == 1 for found in answers)
+    return [found[0] for found in answers]
 
 
 @pytest.fixture
@@ -175,21 +205,30 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: request.tensors[name]),
         Tensor=lambda name, array: (name, array),
         TritonError=str,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
         InferenceResponse=lambda tensors=None, error=None: error or dict(tensors),
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", module)
-    source = Path(overlay.__file__).with_name("overlay_model.py")
-    (tmp_path / "model.py").write_text(source.read_text())
+    (tmp_path / "model.py").write_text(Path(overlay.__file__).with_name("overlay_model.py").read_text())
     (tmp_path / "runtime.py").write_text(RUNTIME)
-    artifact = {"path": "", "inputs": ["INPUT__0", "INPUT__1"], "outputs": ["OUTPUT__0"], "settings": {}}
-    (tmp_path / "artifact.json").write_text(json.dumps(artifact))
+    (tmp_path / "ragged.py").write_text(source("ragged").read_text())
     spec = importlib.util.spec_from_file_location("overlay_under_test", tmp_path / "model.py")
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
 
-    def make(max_batch_size: int = 8) -> Any:
+    def make(max_batch_size: int = 8, padded_axes: dict[str, int] | None = None) -> Any:
+        artifact = {
+            "path": "",
+            "inputs": ["INPUT__0", "INPUT__1"],
+            "outputs": ["OUTPUT__0"],
+            "settings": {},
+            "input_shapes": [spec.shape for spec in SIGNATURE.inputs],
+            "output_shapes": [spec.shape for spec in SIGNATURE.outputs],
+            "padded_axes": padded_axes or {},
+        }
+        (tmp_path / "artifact.json").write_text(json.dumps(artifact))
         made = loaded.TritonPythonModel()
         made.initialize({"model_config": json.dumps({"max_batch_size": max_batch_size})})
         return made
@@ -204,7 +243,7 @@ def batches(model: Any) -> list[int]:
 
 def test_requests_of_one_shape_run_as_one_batch_and_get_their_own_rows(model: Any) -> None:
     running = model()
-    answers = running.execute([Request([[1, 2]], 2), Request([[3, 4], [5, 6]], 3)])
+    answers = execute(running, [Request([[1, 2]], 2), Request([[3, 4], [5, 6]], 3)])
     np.testing.assert_array_equal(answers[0]["OUTPUT__0"], [[2, 4]])
     np.testing.assert_array_equal(answers[1]["OUTPUT__0"], [[9, 12], [15, 18]])
     assert batches(running) == [3]
@@ -213,20 +252,41 @@ def test_requests_of_one_shape_run_as_one_batch_and_get_their_own_rows(model: An
 
 def test_requests_of_other_shapes_run_apart_and_answers_keep_their_order(model: Any) -> None:
     running = model()
-    answers = running.execute([Request([[1]], 2), Request([[1, 1]], 3), Request([[5]], 4)])
+    answers = execute(running, [Request([[1]], 2), Request([[1, 1]], 3), Request([[5]], 4)])
     assert [answer["OUTPUT__0"].tolist() for answer in answers] == [[[2]], [[3, 3]], [[20]]]
-    assert batches(running) == [2, 1]
+    assert sorted(batches(running)) == [1, 2]
+
+
+def test_where_padding_is_neutral_other_sizes_run_as_one_batch_and_answers_have_their_own(model: Any) -> None:
+    running = model(padded_axes={"n": 9})
+    answers = execute(running, [Request([[1]], 2), Request([[1, 1, 1], [2, 2, 2]], 3), Request([[5, 6]], 4)])
+    assert [answer["OUTPUT__0"].tolist() for answer in answers] == [[[2]], [[3, 3, 3], [6, 6, 6]], [[20, 24]]]
+    assert batches(running) == [4]
+    assert all(answer["OUTPUT__0"].flags.c_contiguous for answer in answers)
+
+
+def test_a_request_beyond_the_proven_range_is_not_padded_with_others(model: Any) -> None:
+    running = model(padded_axes={"n": 2})
+    answers = execute(running, [Request([[1]], 2), Request([[1, 1, 1]], 3), Request([[5, 6]], 4)])
+    assert [answer["OUTPUT__0"].tolist() for answer in answers] == [[[2]], [[3, 3, 3]], [[20, 24]]]
+    assert sorted(batches(running)) == [1, 2]
+
+
+def test_a_bad_request_fails_alone_among_padded_ones_too(model: Any) -> None:
+    answers = execute(model(padded_axes={"n": 9}), [Request([[1]], 2), Request([[1, 1]], -1), Request([[5]], 4)])
+    assert answers[1] == "ValueError: k is negative"
+    assert [answers[i]["OUTPUT__0"].tolist() for i in (0, 2)] == [[[2]], [[20]]]
 
 
 def test_a_bad_request_fails_alone(model: Any) -> None:
-    answers = model().execute([Request([[1]], 2), Request([[1]], -1), Request([[5]], 4)])
+    answers = execute(model(), [Request([[1]], 2), Request([[1]], -1), Request([[5]], 4)])
     assert answers[1] == "ValueError: k is negative"
     assert [answers[i]["OUTPUT__0"].tolist() for i in (0, 2)] == [[[2]], [[20]]]
 
 
 def test_a_model_that_does_not_batch_gets_each_request_alone(model: Any) -> None:
     running = model(max_batch_size=0)
-    running.execute([Request([[1]], 2), Request([[5]], 4)])
+    execute(running, [Request([[1]], 2), Request([[5]], 4)])
     assert batches(running) == [1, 1]
 
 

@@ -36,6 +36,17 @@ class Served:
     runtime: str
     instances: int
 
+    @property
+    def padding(self) -> str:
+        """How requests of different sizes share a batch here, which no native backend does; empty where they do not."""
+        axes = self.deployment.manifest.padded_axes
+        if self.native or not axes:
+            return ""
+        return (
+            f"{self.deployment.model}: requests of different {' and '.join(axes)} are padded and merged here; "
+            "NVIDIA's container merges only those of equal sizes"
+        )
+
     def __str__(self) -> str:
         manifest = self.deployment.manifest
         what = f"{manifest.model} v{manifest.version}: {manifest.filename} run by"
@@ -70,8 +81,10 @@ def write_overlay(
     files = target / str(manifest.version)
     files.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source(manifest.format), files / "runtime.py")
+    shutil.copyfile(source("ragged"), files / "ragged.py")
     shutil.copyfile(str(importlib.resources.files(__package__) / "overlay_model.py"), files / "model.py")
     config = overlay_config(_native_config(model_folder / CONFIG))
+    allow_ragged(config, manifest)
     (files / "artifact.json").write_text(json.dumps(artifact(manifest, version_folder, config), default=list))
     if (model_folder / WARMUP).is_dir():
         _replace_link(target / WARMUP, model_folder / WARMUP)
@@ -111,6 +124,13 @@ def overlay_config(native: Any) -> Any:
     return config
 
 
+def allow_ragged(config: Any, manifest: Manifest) -> None:
+    """Let the dynamic batcher give model.py requests of different sizes where padding was proven neutral."""
+    for entry, spec in zip(config.input, manifest.signature.inputs, strict=True):
+        if set(spec.shape) & set(manifest.padded_axes):
+            entry.allow_ragged_batch = True
+
+
 def instances(config: Any) -> int:
     """How many processes run the model."""
     return sum(group.count for group in config.instance_group)
@@ -123,11 +143,15 @@ def artifact(manifest: Manifest, version_folder: Path, config: Any) -> dict[str,
         settings["threads"] = max(1, len(os.sched_getaffinity(0)) // count)
     if libraries := settings.get("op_libraries"):
         settings["op_libraries"] = [str(version_folder / library) for library in libraries]
+    signature = manifest.signature
     return {
         "path": str(version_folder / manifest.filename),
         "inputs": manifest.input_names,
         "outputs": manifest.output_names,
         "settings": settings,
+        "input_shapes": [spec.shape for spec in signature.inputs],
+        "output_shapes": [spec.shape for spec in signature.outputs],
+        "padded_axes": {name: signature.axis(name).max for name in manifest.padded_axes},
     }
 
 

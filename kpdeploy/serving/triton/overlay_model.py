@@ -1,13 +1,14 @@
 """The model.py of an overlay: Triton's python backend running a native artifact in the runtime that proved it.
 
-Copied into the overlay, where it stands alone: NumPy, Triton's utilities, and beside it `runtime.py` (a copy of one
-of kpdeploy.runtimes) and `artifact.json` (`path`, `inputs`, `outputs`, `settings`).
+Copied into the overlay, where it stands alone: NumPy, Triton's utilities, and beside it `runtime.py` and `ragged.py`
+(copies of kpdeploy.runtimes' files) and `artifact.json` (see kpdeploy.serving.triton.overlay.artifact).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,39 +19,75 @@ import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 Arrays = Sequence[np.ndarray[Any, Any]]
 
 
+def load_beside(name: str) -> Any:
+    """A module of the overlay's own folder, whatever else goes by that name."""
+    spec = importlib.util.spec_from_file_location(f"kpdeploy_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 class TritonPythonModel:
     """What the python backend loads, by this name."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        folder = Path(__file__).parent
-        artifact = json.loads((folder / "artifact.json").read_text())
-        spec = importlib.util.spec_from_file_location("kpdeploy_runtime", folder / "runtime.py")
-        assert spec is not None
-        assert spec.loader is not None
-        runtime = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(runtime)
+        artifact = json.loads(Path(__file__).with_name("artifact.json").read_text())
+        self.ragged = load_beside("ragged")
         self.inputs: list[str] = artifact["inputs"]
         self.outputs: list[str] = artifact["outputs"]
+        self.input_shapes = artifact["input_shapes"]
+        self.output_shapes = artifact["output_shapes"]
+        self.padded_axes: dict[str, int] = artifact["padded_axes"]
         self.batched = json.loads(args["model_config"])["max_batch_size"] > 0
-        self.run = runtime.load(
+        self.run = load_beside("runtime").load(
             artifact["path"], inputs=self.inputs, outputs=self.outputs, settings=artifact["settings"]
         )
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One response for each request, in order; requests of equal shapes run as one batch."""
-        arrays = [
+    def execute(self, requests: list[Any]) -> list[Any] | None:
+        """One response for each request. What runs together is answered as soon as it is done, the shortest first, so
+        that its clients go on while the rest runs; what is alone is returned, which spares a message to the server."""
+        arrays: list[Arrays] = [
             [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
             for request in requests
         ]
-        groups: dict[Any, list[int]] = {}
-        for index, tensors in enumerate(arrays):
-            key = tuple(tensor.shape[1:] for tensor in tensors) if self.batched else index
-            groups.setdefault(key, []).append(index)
-        responses: list[Any] = [None] * len(requests)
-        for members in groups.values():
+        groups = self.batches(arrays)
+        if len(groups) == 1:
+            answers = dict(zip(groups[0], self.answer([arrays[i] for i in groups[0]]), strict=True))
+            return [answers[index] for index in range(len(requests))]
+        for members in reversed(groups):
             for index, response in zip(members, self.answer([arrays[i] for i in members]), strict=True):
-                responses[index] = response
-        return responses
+                sender = requests[index].get_response_sender()
+                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return None
+
+    def batches(self, arrays: list[Arrays]) -> list[list[int]]:
+        """Which requests run together, by index: those whose sizes are equal, but for the axes that may be padded."""
+        if len(arrays) == 1 or not self.batched:
+            return [[index] for index in range(len(arrays))]
+        alike: dict[Any, list[int]] = {}
+        lengths = []
+        for index, request in enumerate(arrays):
+            sizes = self.sizes(request)
+            # What the proof of padding does not cover meets only its like.
+            padded = self.padded_axes if sizes is not None else {}
+            lengths.append(math.prod(sizes.values()) if sizes else 1)
+            key = tuple(
+                None if axis in padded else size
+                for shape, array in zip(self.input_shapes, request, strict=True)
+                for axis, size in zip(shape[1:], array.shape[1:], strict=True)
+            )
+            alike.setdefault(key, []).append(index)
+        return [
+            [members[i] for i in group]
+            for members in alike.values()
+            for group in self.ragged.groups([len(arrays[i][0]) for i in members], [lengths[i] for i in members])
+        ]
+
+    def sizes(self, request: Arrays) -> dict[str, int] | None:
+        sizes: dict[str, int] | None = self.ragged.sizes(request, self.input_shapes, self.padded_axes)
+        return sizes
 
     def answer(self, members: list[Arrays]) -> list[Any]:
         """Responses to requests that fit one batch. Where the batch fails each runs alone: one bad input must not
@@ -58,10 +95,17 @@ class TritonPythonModel:
         try:
             if len(members) == 1:
                 return [self.response(self.run(members[0]))]
-            sizes = [len(tensors[0]) for tensors in members]
-            merged = [np.concatenate(parts) for parts in zip(*members, strict=True)]
-            results = [np.split(result, np.cumsum(sizes)[:-1]) for result in self.run(merged)]
-            return [self.response(parts) for parts in zip(*results, strict=True)]
+            results = self.run([self.ragged.merge(parts) for parts in zip(*members, strict=True)])
+            first, responses = 0, []
+            for request in members:
+                sizes, rows = self.sizes(request) or {}, len(request[0])
+                parts = [
+                    self.ragged.cut(result, shape, first, rows, sizes)
+                    for result, shape in zip(results, self.output_shapes, strict=True)
+                ]
+                responses.append(self.response(parts))
+                first += rows
+            return responses
         except Exception as error:
             if len(members) > 1:
                 return [self.answer([tensors])[0] for tensors in members]
