@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import re
@@ -40,29 +41,65 @@ def archive_names(path: Path) -> list[str]:
         ) from None
 
 
-# What torch.export.load puts into Python source or hands to sympy's eval, and the characters that each needs. None
-# of them can spell a call of anything but sympy's classes and a few functions of numbers.
-_NAME = re.compile(r"[\w.:$-]*")
-_EXPRESSION = re.compile(
-    r"(?s)(?!.*__)(?!.*\.\s*[A-Za-z_])(?!.*\b(?!(?:sqrt|ceiling|floor|exp|log)\b)[a-z_]\w*\s*\()[\w\s+\-*/%(),.<>=&|~^]*"
-)
-_TREE = re.compile(r'(?!.*__enum__)[\w\s\[\]{}",:.\\-]*')
-_PLAIN = {"name": _NAME, "forward_arg_names": _NAME, "expr_str": _EXPRESSION, "in_spec": _TREE, "out_spec": _TREE}
+_SIZE_SYNTAX = (
+    ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.BinOp, ast.operator, ast.UnaryOp,
+    ast.unaryop, ast.Compare, ast.cmpop, ast.BoolOp, ast.boolop,
+)  # fmt: skip
+_SIZE_FUNCTIONS = ("sqrt", "ceiling", "floor", "exp", "log")
+_TEXT = re.compile(r"[\w.+-]*")
+
+
+def _is_size(text: str) -> bool:
+    """Whether an expression only calculates: names, numbers, operators, and calls of sympy's own classes and functions.
+
+    sympy.sympify, which torch.export.load gives it to, evaluates any Python.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(text.strip(), mode="eval")))
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    names = [node.id for node in nodes if isinstance(node, ast.Name)]
+    texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return (
+        all(isinstance(node, _SIZE_SYNTAX) for node in nodes)
+        # Python's own functions begin in lower case.
+        and all(isinstance(f, ast.Name) and (f.id[:1].isupper() or f.id in _SIZE_FUNCTIONS) for f in called)
+        and all("__" not in name for name in (*names, *texts))
+        and all(_TEXT.fullmatch(entry) for entry in texts)
+    )
+
+
+def _matches(pattern: str) -> Callable[[str], bool]:
+    return lambda text: re.fullmatch(pattern, text) is not None
+
+
+# What torch.export.load evaluates, or writes into Python source: none of it may spell a call.
+_name = _matches(r"[\w.:$-]*")
+_tree = _matches(r'(?!.*__enum__)[\w\s\[\]{}",:.\\-]*')
+_PLAIN = {"name": _name, "forward_arg_names": _name, "expr_str": _is_size, "in_spec": _tree, "out_spec": _tree}
 _SYMBOL_KEYS = "range_constraints"
 
 
 def check_program(path: Path) -> None:
     """Raise ModelUnsafe where the description of an exported program holds code in the place of a name or a size."""
     with zipfile.ZipFile(path) as archive:
+        names = [name.lower() for name in archive.namelist()]
+        if len(set(names)) != len(names):
+            # torch could read another one than what is checked here.
+            raise ModelBroken(
+                f"{path} holds two files of one name",
+                next_step="do not use this file; export the program again from its source",
+            )
         for name in archive.namelist():
-            if not name.endswith(".json"):
+            if not name.lower().endswith(".json"):
                 continue
             try:
                 found = json.loads(archive.read(name))
             except (ValueError, zipfile.BadZipFile):
                 continue  # not readable for torch.export either
             for key, text in _strings(found):
-                if not _PLAIN[key].fullmatch(text):
+                if not _PLAIN[key](text):
                     raise ModelUnsafe(
                         f"{path} holds code where a name or a size should be",
                         why=f"{key} in {name} is {text[:80]!r}",

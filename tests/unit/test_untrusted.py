@@ -20,13 +20,25 @@ def program(folder: Path, description: dict[str, Any]) -> Path:
     return path
 
 
+SYMBOL = "Symbol('s27', positive=True, integer=True)"
+
+
 @pytest.mark.parametrize(
     "size",
     [
-        "s77", "2*s0 + 1", "((s53 - 1)//2)", "Max(1, s0)", "FloorDiv(s0, 8)", "Mod(s0 + 3, 4)", "s0 >= 2", "Eq(u0, 1)",
-        "ceiling(s0/2)", "1.5*ToFloat(s0)", "CeilToInt(IntTrueDiv(s0, 3))", "True",
+        SYMBOL,
+        f"Add({SYMBOL}, PythonMod(Mul(Integer(-1), {SYMBOL}), Integer(8)))",
+        f"FloorDiv(Add({SYMBOL}, Integer(2)), Integer(3))",
+        f"TruncToInt(Mul(Float('1.5', precision=53), ToFloat({SYMBOL})))",
+        "GreaterThan(Symbol('u0', integer=True), Integer(0))",
+        f"Max(Integer(1), {SYMBOL})",
+        "2*s0 + 1",
+        "((s53 - 1)//2)",
+        "s0 >= 2",
+        "ceiling(s0/2)",
+        "True",
     ],
-)  # fmt: skip
+)
 def test_sizes_are_let_through(size: str, tmp_path: Path) -> None:
     check_program(program(tmp_path, {"sizes": [{"as_expr": {"expr_str": size}}]}))
 
@@ -34,10 +46,24 @@ def test_sizes_are_let_through(size: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "size",
     [
-        "open('f', 'w')", "__import__('os')", "exit(3)", "s0.__class__", "Max.mro()", "print (1)", "exec(x)", "[s0]",
-        "(lambda: 1)()", "s0\n.real", "Max(1, open(2))",
+        "open('f', 'w')",
+        "__import__('os')",
+        "exit(3)",
+        "s0.__class__",
+        "Max.mro()",
+        "print (1)",
+        "exec(x)",
+        "[s0]",
+        "(lambda: 1)()",
+        "s0\n.real",
+        "Max(1, open(2))",
+        "S('open(2)')",
+        "Symbol('s0', positive=open(2))",
+        "Float(f'{open(2)}')",
+        "(x := 3)",
+        "s0 if open(2) else 1",
     ],
-)  # fmt: skip
+)
 def test_code_in_the_place_of_a_size_is_refused(size: str, tmp_path: Path) -> None:
     with pytest.raises(ModelUnsafe, match="where a name or a size should be"):
         check_program(program(tmp_path, {"sizes": [{"as_expr": {"expr_str": size}}]}))
@@ -77,3 +103,12 @@ def test_a_bare_pickle_and_a_broken_archive_are_told_apart(tmp_path: Path) -> No
         archive_names(tmp_path / "a.pt")
     with pytest.raises(ModelBroken, match="archive"):
         archive_names(tmp_path / "b.pt")
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("p/models/model.json", "{}")
+        archive.writestr("p/models/MODEL.json", "{}")
+    with pytest.raises(ModelBroken, match="two files of one name"):
+        check_program(path)
