@@ -228,8 +228,10 @@ def sentences(manifest: Manifest, axis: str) -> list[Tensors]:
 
     from transformers import AutoTokenizer
 
-    text = " ".join(itertools.chain.from_iterable(topic.split() for topic in pydoc_data.topics.topics.values()))
-    found = [part for part in re.split(r"(?<=[.?!]) (?=[A-Z])", text) if len(part.split()) > 2 and part[0].isalpha()]
+    # Paragraphs of prose: code, grammar and lists are indented or marked.
+    parts = itertools.chain.from_iterable(text.split("\n\n") for text in pydoc_data.topics.topics.values())
+    prose = " ".join(" ".join(part.split()) for part in parts if part[:1].isalpha() and "\n   " not in part)
+    found = [part for part in re.split(r"(?<=[.?!]) (?=[A-Z])", prose) if 2 < len(part.split()) < 60]
     chosen = np.random.default_rng(0).choice(found, COUNT, replace=False)
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
     longest = manifest.signature.axis(axis).max
