@@ -16,6 +16,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -535,6 +536,7 @@ def main() -> None:
     parser.add_argument("--only", help="names of architectures, separated by commas")
     parser.add_argument("--formats", default=",".join(GOALS), help="formats, separated by commas")
     parser.add_argument("-o", "--output", type=Path, help="JSON file to write or complete")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time; give OMP_NUM_THREADS cores / jobs")
     options = parser.parse_args()
     formats = options.formats.split(",")
     known = {row.name: row for row in ARCHITECTURES}
@@ -548,16 +550,18 @@ def main() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "transformers", "kpdeploy.export"])
     print(f"{'architecture':<30}{'kind':<16}" + "".join(name.rjust(13) for name in formats))
     with tempfile.TemporaryDirectory(prefix="kpdeploy-coverage-") as scratch:
-        for name in names:
-            found = run(known[name], formats, Path(scratch))
-            kept = results.get(name, {}).get("formats", {})
-            results[name] = {**found, "formats": {**kept, **found["formats"]}}
-            print(line(results[name], formats), flush=True)
-            for format_name in formats:
-                if reason := results[name]["formats"][format_name].get("reason"):
-                    print(f"    {format_name}: {reason}", flush=True)
-            if options.output:
-                store(options.output, [results[n] for n in known if n in results])
+        rows = [known[name] for name in names]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            made = pool.map(lambda row: run(row, formats, Path(scratch)), rows)
+            for name, found in zip(names, made, strict=True):
+                kept = results.get(name, {}).get("formats", {})
+                results[name] = {**found, "formats": {**kept, **found["formats"]}}
+                print(line(results[name], formats), flush=True)
+                for format_name in formats:
+                    if reason := results[name]["formats"][format_name].get("reason"):
+                        print(f"    {format_name}: {reason}", flush=True)
+                if options.output:
+                    store(options.output, [results[n] for n in known if n in results])
     for name, share in shares(list(results.values())).items():
         print(f"{name}: {share['passed']} of {share['of']} passed, {share['per_cent']} % (goal {share['goal']} %)")
 

@@ -9,7 +9,7 @@ import numpy as np
 from kpdeploy.artifact import Comparison
 from kpdeploy.inputs import Array, Tensors
 
-TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "integer": 0.0}
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "integer": 0.0}
 """Largest ‖out − ref‖ / ‖ref‖ by dtype: about a hundred roundings. Integers and bools: the share that may differ."""
 
 

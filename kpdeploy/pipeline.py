@@ -148,6 +148,7 @@ def export(
     """
     started = time.perf_counter()
     progress = progress or Progress()
+    from kpdeploy.export import Capture
     from kpdeploy.serving.triton.repository import check_publishable
 
     _check_choices(target, format)
@@ -160,10 +161,12 @@ def export(
     check_publishable(str(repo), model=loaded.name)
     with work_folder() as work, _told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
-        candidates = _try_formats(settled, _formats(target, format), asked, tolerances, work, progress)
+        tolerances, told = _fitting(tolerances, settled, given=tolerance)
+        capture = Capture(settled, work)
+        candidates = _try_formats(capture, _formats(target, format), asked, tolerances, progress)
         candidates = _measure(candidates, settled.signature, progress)
         chosen = _choose(candidates, format, asked)
-        decisions = (*settled.decisions, *_decided(candidates, chosen))
+        decisions = (*settled.decisions, *told, *capture.decisions, *_decided(candidates, chosen))
         manifest = _manifest(settled, target, candidates, chosen, tolerances, decisions)
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, baseline)
@@ -221,6 +224,24 @@ def _tolerances(given: Mapping[str, float] | None) -> dict[str, float]:
     if unknown:
         raise UnknownName(f"unknown dtype {min(unknown)!r} in a tolerance", next_step=f"use {', '.join(TOLERANCES)}")
     return {**TOLERANCES, **(given or {})}
+
+
+def _fitting(
+    tolerances: dict[str, float], model: Model, *, given: Mapping[str, float] | None
+) -> tuple[dict[str, float], list[Decision]]:
+    """The tolerances for a model that computes in bfloat16 behind a float32 boundary: bfloat16's, unless stated."""
+    import torch
+
+    module = model.module
+    if module is None or "float32" in (given or {}):
+        return tolerances, []
+    if not any(p.dtype is torch.bfloat16 for p in module.parameters()):
+        return tolerances, []
+    accepted = tolerances["bfloat16"]
+    detail = f"the model computes in bfloat16, whose own rounding is of that size ({accepted:.1e})"
+    return {**tolerances, "float32": accepted}, [
+        Applied(what="tolerance of bfloat16 for float32 outputs", detail=detail)
+    ]
 
 
 def _load(
@@ -317,17 +338,14 @@ def _formats(target: str, format: str) -> list[Format]:
 
 
 def _try_formats(
-    model: Model,
+    capture: Capture,
     formats: Sequence[Format],
     asked: Sequence[Question],
     tolerances: Mapping[str, float],
-    work: Path,
     progress: Progress,
 ) -> list[Candidate]:
     """Export and prove each format. Where only one was asked for, its failure is the command's."""
-    from kpdeploy.export import Capture
-
-    capture = Capture(model, work)
+    model, work = capture.model, capture.folder
     candidates: list[Candidate] = []
     for format in formats:
         try:

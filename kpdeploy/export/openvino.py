@@ -31,7 +31,8 @@ def export(capture: Capture, folder: Path) -> None:
     source = _source(capture)
     try:
         with quiet():
-            model = openvino.convert_model(source)
+            # read_model reads ONNX too, and unlike convert_model sends no news of it to its maker.
+            model = openvino.Core().read_model(source) if isinstance(source, str) else openvino.convert_model(source)
             for port, spec in zip(model.inputs, capture.signature.inputs, strict=True):
                 port.get_tensor().add_names({spec.name})
             for port, spec in zip(model.outputs, capture.signature.outputs, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -236,6 +237,10 @@ def describe_transformer(
         decisions.append(Applied(what="the encoder of an encoder-decoder", detail="decoding is a loop around a model"))
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    if hasattr(module, "set_experts_implementation"):
+        # The default's own operator exists in Python only; this computes the same in plain ones.
+        with contextlib.suppress(ValueError):  # the model has no experts
+            module.set_experts_implementation("batched_mm")  # type: ignore[operator]
     if request.inputs or request.example:
         return from_module(module, None, request, name=name, source=source)
     signature, assumed = transformer_inputs(module, config, max_batch=request.max_batch, names=names)
