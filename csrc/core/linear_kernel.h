@@ -1,0 +1,129 @@
+// Tiles of a matrix product. Included only by isa.cpp.
+//
+// A is laid out in tiles [k][kTileRows], B in panels [k][kPanel]: the product of one tile with one panel stays in
+// registers (AVX-512: 14 x 2 of 32), and every address in the inner loop is a constant offset.
+
+constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
+constexpr int kPanel = 2 * W;
+
+// Products are added up in runs of this many, then the runs are: the rounding error grows with the root of both.
+constexpr int64_t kRun = 512;
+
+// c[r][kPanel] (+)= sum over p of a[r * RowStep + p * DepthStep] * b[p][kPanel].
+template <int Rows, int RowStep, int DepthStep>
+inline void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool add) {
+  vf left[Rows], right[Rows];
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) left[r] = right[r] = vf{};
+  for (int64_t p = 0; p < depth; ++p) {
+    const vf b_left = load(b), b_right = load(b + W);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const float value = a[r * RowStep];
+      left[r] += value * b_left;
+      right[r] += value * b_right;
+    }
+    a += DepthStep;
+    b += kPanel;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    float* row = c + r * c_stride;
+    store(row, add ? load(row) + left[r] : left[r]);
+    store(row + W, add ? load(row + W) + right[r] : right[r]);
+  }
+}
+
+template <int RowStep, int DepthStep, int Rows = kTileRows>
+inline void multiply(int rows, const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool add) {
+  if (rows == Rows) return multiply_rows<Rows, RowStep, DepthStep>(a, b, depth, c, c_stride, add);
+  if constexpr (Rows > 1) multiply<RowStep, DepthStep, Rows - 1>(rows, a, b, depth, c, c_stride, add);
+}
+
+inline void multiply_all(int rows, const float* a, const float* b, int64_t k, float* c) {
+  if (k == 0) __builtin_memset(c, 0, rows * kPanel * sizeof(float));
+  for (int64_t p = 0; p < k; p += kRun)
+    multiply<1, kTileRows>(rows, a + p * kTileRows, b + p * kPanel, k - p < kRun ? k - p : kRun, c, kPanel, p > 0);
+}
+
+template <class T>
+void multiply_tile(const MultiplyTile& t) {
+  alignas(64) float c[kTileRows * kPanel], gate[kTileRows * kPanel];
+  multiply_all(t.rows, t.a, t.b, t.k, c);
+  if (t.b_gate) multiply_all(t.rows, t.a, t.b_gate, t.k, gate);
+  for (int part = 0; part < t.columns; part += W) {
+    const int some = t.columns - part < W ? t.columns - part : W;
+    const vf bias = t.bias ? load_part(static_cast<const T*>(t.bias) + part, some) : vf{};
+    T* out = static_cast<T*>(t.out) + part;
+    for (int r = 0; r < t.rows; ++r) {
+      vf v = activate(load(c + r * kPanel + part) + bias, t.activation);
+      if (t.b_gate) v *= silu(load(gate + r * kPanel + part));
+      store_part(out + r * t.out_stride, v, some);
+    }
+  }
+}
+
+// tile [k][kTileRows] and W floats of room; rows that are not there are left out of the product.
+template <class T>
+void pack_tile(const void* x, int64_t stride, int rows, int64_t k, float* tile) {
+  transpose_rows(static_cast<const T*>(x), stride, rows, k, tile, kTileRows);
+}
+
+// panel [k][kPanel]; columns that are not there are 0.
+template <class T>
+void pack_panel(const void* weight, int64_t stride, int columns, int64_t k, float* panel) {
+  const T* w = static_cast<const T*>(weight);
+  for (int part = 0; part < kPanel; part += W) {
+    const int some = columns - part < W ? columns - part : W;
+    transpose_rows(w + (some > 0 ? part * stride : 0), stride, some > 0 ? some : 0, k, panel + part, kPanel);
+  }
+}
+
+template <class T>
+void dot_rows(const void* x, const void* weight, int64_t k, float* result) {
+  const T* a = static_cast<const T*>(x);
+  const T* b = static_cast<const T*>(weight);
+  const int64_t whole = k - k % (4 * W);
+  vf part[4] = {};
+  for (int64_t p = 0; p < whole; p += 4 * W)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) part[i] += load(a + p + i * W) * load(b + p + i * W);
+  for (int64_t p = whole; p < k; p += W) {
+    const int64_t some = k - p < W ? k - p : W;
+    part[0] += load_part(a + p, some) * load_part(b + p, some);
+  }
+  *result = sum((part[0] + part[1]) + (part[2] + part[3]));
+}
+
+template <class T>
+void finish_row(const float* product, const float* gate, const void* bias, int activation, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t some = n - i < W ? n - i : W;
+    vf v = load_part(product + i, some);
+    if (bias) v += load_part(static_cast<const T*>(bias) + i, some);
+    v = activate(v, activation);
+    if (gate) v *= silu(load_part(gate + i, some));
+    store_part(static_cast<T*>(out) + i, v, some);
+  }
+}
+
+template <class T>
+void activate_row(const void* x, const void* bias, int activation, void* out, int64_t n) {
+  const T* in = static_cast<const T*>(x);
+  const T* b = static_cast<const T*>(bias);
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t some = n - i < W ? n - i : W;
+    vf v = load_part(in + i, some);
+    if (b) v += load_part(b + i, some);
+    store_part(static_cast<T*>(out) + i, activate(v, activation), some);
+  }
+}
+
+template <class T>
+void gate_row(const void* gate, const void* up, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t some = n - i < W ? n - i : W;
+    const vf g = load_part(static_cast<const T*>(gate) + i, some);
+    store_part(static_cast<T*>(out) + i, silu(g) * load_part(static_cast<const T*>(up) + i, some), some);
+  }
+}
