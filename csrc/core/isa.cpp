@@ -29,7 +29,7 @@ const Kernels table = {
     {norm_row<float>, norm_row<bf16>},
     {pack_tile<float>, pack_tile<bf16>},
     {pack_panel<float>, pack_panel<bf16>},
-    {multiply_tile<float>, multiply_tile<bf16>},
+    {multiply_block<float>, multiply_block<bf16>},
     {dot_rows<float>, dot_rows<bf16>},
     {finish_row<float>, finish_row<bf16>},
     {activate_row<float>, activate_row<bf16>},

@@ -21,18 +21,17 @@ struct NormRow {
   bool rms;
 };
 
-// Rows of A times panels of B, see linear.cpp for the two layouts.
-struct MultiplyTile {
-  const float* a;       // [k][tile_rows]
-  const float* b;       // [k][panel_columns]
-  const float* b_gate;  // null, or a second panel: the result is SiLU(A b_gate) * (A b)
+// Tiles of A times panels of B (see linear_kernel.h for both layouts), `tile_rows` and `panel_columns` at a time.
+struct MultiplyBlock {
+  const float* a;       // tiles [k][tile_rows], tile_floats apart
+  const float* b;       // panels [k][panel_columns], next to each other
+  const float* b_gate;  // null, or as many other panels: the result is SiLU(A b_gate) * (A b)
   const void* bias;     // null, or [columns]
   void* out;            // [rows][columns]
-  int64_t out_stride;
-  int64_t k;
-  int rows;     // 1 to tile_rows
-  int columns;  // 1 to panel_columns
+  int64_t tile_floats, out_stride;
+  int64_t k, rows, columns;
   int activation;
+  float* scratch;  // rows and columns, both rounded up to whole tiles and panels; twice that with b_gate
 };
 
 struct AttentionBlock {
@@ -56,7 +55,7 @@ struct Kernels {
   void (*norm_row[2])(const NormRow&);
   void (*pack_tile[2])(const void* x, int64_t stride, int rows, int64_t k, float* tile);
   void (*pack_panel[2])(const void* weight, int64_t stride, int columns, int64_t k, float* panel);
-  void (*multiply_tile[2])(const MultiplyTile&);
+  void (*multiply_block[2])(const MultiplyBlock&);
   void (*dot_rows[2])(const void* x, const void* weight, int64_t k, float* result);
   // activation(product + bias), or SiLU(gate) * product.
   void (*finish_row[2])(const float* product, const float* gate, const void* bias, int activation, void* out,

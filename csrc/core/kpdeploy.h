@@ -52,6 +52,7 @@ typedef struct {
   /* Run task(argument, i) for i in [0, tasks), on any threads, and return when all are done. NULL: in this thread. */
   void (*parallel_for)(void* pool, int64_t tasks, void (*task)(void* argument, int64_t index), void* argument);
   void* pool;
+  int32_t threads; /* how many threads the pool has, about */
   void* stream;   /* cudaStream_t, where the tensors are on a GPU */
   char* message;  /* receives why a call was refused */
   size_t message_bytes;

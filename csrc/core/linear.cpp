@@ -21,7 +21,8 @@ namespace {
 
 constexpr int64_t kDotRows = 4;                 // up to here a weight's row is read once and multiplied in place
 constexpr int64_t kGroupFloats = 2 << 20;       // of a weight that is packed on the way: 8 MiB
-constexpr int64_t kTileFloats = 192 << 10;      // of x in one task: 768 KiB, part of a core's second cache
+constexpr int64_t kTaskRows = 140;              // at most, of x in one task, and columns of the weight: what both
+constexpr int64_t kTaskColumns = 256;           // need for one run of k is well within a core's second cache
 constexpr int64_t kPackTask = 16;               // tiles or panels' halves packed by one task
 
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
@@ -149,23 +150,30 @@ void multiply_panels(const kpdeploy_context* context, const Product& product, in
   const Rows out(l.out);
   const int64_t width = kernel.panel_columns, k = l.weight.k, item = l.x.item_bytes();
   const int64_t tiles = blocks(out.count(), kernel.tile_rows);
-  const int64_t per_task = std::max<int64_t>(1, std::min(tiles, kTileFloats / product.tile_floats));
-  parallel(context, count * blocks(tiles, per_task), [&](int64_t task) {
-    const int64_t p = task % count, column = (first + p) * width, from = task / count * per_task;
-    MultiplyTile m{};
+  // Rows that share a panel's run, then as many panels as leave each thread a few tasks.
+  const int64_t per_task = std::max<int64_t>(1, std::min(tiles, kTaskRows / kernel.tile_rows));
+  const int64_t row_tasks = blocks(tiles, per_task), threads = std::max(context->threads, 1);
+  const int64_t group = std::min(kTaskColumns / width, std::max<int64_t>(1, count * row_tasks / (4 * threads)));
+  const int64_t column_tasks = blocks(count, group);
+  const int64_t space = per_task * kernel.tile_rows * group * width * (gates ? 2 : 1);
+  parallel(context, row_tasks * column_tasks, [&](int64_t task) {
+    const int64_t p = task % column_tasks * group, column = (first + p) * width;
+    const int64_t row = task / column_tasks * per_task * kernel.tile_rows;
+    MultiplyBlock m{};
+    m.a = product.tiles + row / kernel.tile_rows * product.tile_floats;
+    m.tile_floats = product.tile_floats;
     m.b = panels + p * width * k;
     m.b_gate = gates ? gates + p * width * k : nullptr;
     m.bias = l.bias ? static_cast<const char*>(l.bias) + column * item : nullptr;
     m.k = k;
-    m.columns = static_cast<int>(std::min(width, l.weight.n - column));
+    m.rows = std::min(per_task * kernel.tile_rows, out.count() - row);
+    m.columns = std::min(std::min(group, count - p) * width, l.weight.n - column);
     m.activation = l.activation;
+    m.out = out.row(row) + column * item;
     m.out_stride = out.stride();
-    for (int64_t t = from; t < std::min(tiles, from + per_task); ++t) {
-      m.a = product.tiles + t * product.tile_floats;
-      m.rows = static_cast<int>(std::min<int64_t>(kernel.tile_rows, out.count() - t * kernel.tile_rows));
-      m.out = out.row(t * kernel.tile_rows) + column * item;
-      kernel.multiply_tile[l.x.dtype](m);
-    }
+    m.scratch = scratch(kTaskScratch, space);
+    if (!m.scratch) return false;
+    kernel.multiply_block[l.x.dtype](m);
     return true;
   });
 }

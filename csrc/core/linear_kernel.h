@@ -6,8 +6,9 @@
 constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
 constexpr int kPanel = 2 * W;
 
-// Products are added up in runs of this many, then the runs are: the rounding error grows with the root of both.
-constexpr int64_t kRun = 512;
+// Products are added up in runs of at most this many, then the runs are: a panel's run stays in the first cache while
+// the tiles pass, and the rounding error grows with the roots of both numbers.
+constexpr int64_t kRun = 384;
 
 // c[r][kPanel] (+)= sum over p of a[r * RowStep + p * DepthStep] * b[p][kPanel].
 template <int Rows, int RowStep, int DepthStep>
@@ -40,26 +41,47 @@ inline void multiply(int rows, const float* a, const float* b, int64_t depth, fl
   if constexpr (Rows > 1) multiply<RowStep, DepthStep, Rows - 1>(rows, a, b, depth, c, c_stride, add);
 }
 
-inline void multiply_all(int rows, const float* a, const float* b, int64_t k, float* c) {
-  if (k == 0) __builtin_memset(c, 0, rows * kPanel * sizeof(float));
-  for (int64_t p = 0; p < k; p += kRun)
-    multiply<1, kTileRows>(rows, a + p * kTileRows, b + p * kPanel, k - p < kRun ? k - p : kRun, c, kPanel, p > 0);
+template <class T>
+void finish_row(const float* product, const float* gate, const void* bias, int activation, void* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t some = n - i < W ? n - i : W;
+    vf v = load_part(product + i, some);
+    if (bias) v += load_part(static_cast<const T*>(bias) + i, some);
+    v = activate(v, activation);
+    if (gate) v *= silu(load_part(gate + i, some));
+    store_part(static_cast<T*>(out) + i, v, some);
+  }
+}
+
+// One tile with one panel over one run; `last`: the sums are whole, and the result is written.
+template <class T>
+inline void multiply_run(const MultiplyBlock& m, int64_t row, int64_t column, int64_t first, int64_t depth,
+                         bool last) {
+  const int rows = m.rows - row < kTileRows ? m.rows - row : kTileRows;
+  const int64_t stride = (m.columns + kPanel - 1) / kPanel * kPanel;
+  const int64_t gate_at = (m.rows + kTileRows - 1) / kTileRows * kTileRows * stride;
+  const float* a = m.a + row / kTileRows * m.tile_floats + first * kTileRows;
+  const int64_t at = column * m.k + first * kPanel;
+  float* c = m.scratch + row * stride + column;
+  multiply<1, kTileRows>(rows, a, m.b + at, depth, c, stride, first > 0);
+  if (m.b_gate) multiply<1, kTileRows>(rows, a, m.b_gate + at, depth, c + gate_at, stride, first > 0);
+  if (!last) return;
+  const int64_t columns = m.columns - column < kPanel ? m.columns - column : kPanel;
+  const T* bias = m.bias ? static_cast<const T*>(m.bias) + column : nullptr;
+  for (int r = 0; r < rows; ++r)
+    finish_row<T>(c + r * stride, m.b_gate ? c + gate_at + r * stride : nullptr, bias, m.activation,
+                  static_cast<T*>(m.out) + (row + r) * m.out_stride + column, columns);
 }
 
 template <class T>
-void multiply_tile(const MultiplyTile& t) {
-  alignas(64) float c[kTileRows * kPanel], gate[kTileRows * kPanel];
-  multiply_all(t.rows, t.a, t.b, t.k, c);
-  if (t.b_gate) multiply_all(t.rows, t.a, t.b_gate, t.k, gate);
-  for (int part = 0; part < t.columns; part += W) {
-    const int some = t.columns - part < W ? t.columns - part : W;
-    const vf bias = t.bias ? load_part(static_cast<const T*>(t.bias) + part, some) : vf{};
-    T* out = static_cast<T*>(t.out) + part;
-    for (int r = 0; r < t.rows; ++r) {
-      vf v = activate(load(c + r * kPanel + part) + bias, t.activation);
-      if (t.b_gate) v *= silu(load(gate + r * kPanel + part));
-      store_part(out + r * t.out_stride, v, some);
-    }
+void multiply_block(const MultiplyBlock& m) {
+  const int64_t runs = m.k > kRun ? (m.k + kRun - 1) / kRun : 1;
+  const int64_t run = (m.k + runs - 1) / runs;
+  for (int64_t i = 0; i < runs; ++i) {
+    const int64_t first = i * run, depth = m.k - first < run ? m.k - first : run;
+    for (int64_t column = 0; column < m.columns; column += kPanel)
+      for (int64_t row = 0; row < m.rows; row += kTileRows)
+        multiply_run<T>(m, row, column, first, depth > 0 ? depth : 0, i + 1 == runs);
   }
 }
 
@@ -93,18 +115,6 @@ void dot_rows(const void* x, const void* weight, int64_t k, float* result) {
     part[0] += load_part(a + p, some) * load_part(b + p, some);
   }
   *result = sum((part[0] + part[1]) + (part[2] + part[3]));
-}
-
-template <class T>
-void finish_row(const float* product, const float* gate, const void* bias, int activation, void* out, int64_t n) {
-  for (int64_t i = 0; i < n; i += W) {
-    const int64_t some = n - i < W ? n - i : W;
-    vf v = load_part(product + i, some);
-    if (bias) v += load_part(static_cast<const T*>(bias) + i, some);
-    v = activate(v, activation);
-    if (gate) v *= silu(load_part(gate + i, some));
-    store_part(static_cast<T*>(out) + i, v, some);
-  }
 }
 
 template <class T>

@@ -57,6 +57,12 @@ struct OptionalView {
   std::optional<View> held;
 };
 
+int32_t torch_threads() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return static_cast<int32_t>(threads);
+}
+
 // torch's pool splits evenly beforehand; tasks differ where lengths do, so each thread takes the next one.
 void on_torch_threads(void*, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
   struct Work {
@@ -68,8 +74,7 @@ void on_torch_threads(void*, int64_t tasks, void (*task)(void*, int64_t), void* 
   work.tasks = tasks;
   work.task = task;
   work.argument = argument;
-  uint32_t threads = 1;
-  torch_get_num_threads(&threads);
+  const int64_t threads = torch_threads();
   const auto loop = [](int64_t, int64_t, void* context) {
     auto* w = static_cast<Work*>(context);
     for (int64_t i; (i = w->next.fetch_add(1)) < w->tasks;) w->task(w->argument, i);
@@ -81,7 +86,7 @@ void on_torch_threads(void*, int64_t tasks, void (*task)(void*, int64_t), void* 
 template <class Call>
 void run(const Call& call) {
   char message[512] = "";
-  const kpdeploy_context context{on_torch_threads, nullptr, nullptr, message, sizeof message};
+  const kpdeploy_context context{on_torch_threads, nullptr, torch_threads(), nullptr, message, sizeof message};
   if (call(&context) != KPDEPLOY_OK) throw std::runtime_error(message);
 }
 
