@@ -6,6 +6,7 @@
 #include <dlfcn.h>
 #include <link.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
@@ -108,7 +109,7 @@ Tensor empty(const Sizes& sizes, const Tensor& like) {
   return Tensor(made);
 }
 
-Tensor empty_like(const Tensor& like) {
+Tensor dense_like(const Tensor& like) {
   const auto sizes = like.sizes();
   return empty(Sizes(sizes.begin(), sizes.end()), like);
 }
@@ -120,9 +121,24 @@ Sizes linear_sizes(const Tensor& x, const Tensor& weight) {
   return sizes;
 }
 
+// The kernels want the last dim contiguous; a graph may bring a transposed view.
+template <class... Tensors>
+void make_dense(Tensors&... tensors) {
+  const auto one = [](Tensor& t) {
+    const int64_t last = t.dim() - 1;
+    if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1) t = torch::stable::contiguous(t);
+  };
+  (one(tensors), ...);
+}
+
+void make_dense(Optional& tensor) {
+  if (tensor) make_dense(*tensor);
+}
+
 Tensor attention(Tensor query, Tensor key, Tensor value, Optional lengths, int64_t heads, int64_t kv_heads,
                  double scale, bool causal) {
-  Tensor out = empty_like(query);
+  make_dense(query, key, value);
+  Tensor out = dense_like(query);
   const View q(query), k(key), v(value), o(out);
   const OptionalView l(lengths);
   run([&](const kpdeploy_context* c) {
@@ -162,6 +178,8 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
   const int kind = kpdeploy_activation_of(name);
   torch_delete_string(activation);
 
+  make_dense(x, weight);
+  make_dense(bias);
   const View a(x), w(weight);
   const OptionalView b(bias);
   run([&](const kpdeploy_context* c) { return kpdeploy_check_linear_activation(c, a, w, b, kind); });
@@ -173,6 +191,7 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
 }
 
 Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
+  make_dense(x, gate_weight, up_weight);
   const View a(x), g(gate_weight), u(up_weight);
   run([&](const kpdeploy_context* c) { return kpdeploy_check_gated_linear(c, a, g, u); });
   if (onednn() && many_rows(x) && up_weight.numel() > 0) {
@@ -189,7 +208,9 @@ Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
 }
 
 Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
-  Tensor out = empty_like(x);
+  make_dense(x, weight);
+  make_dense(bias);
+  Tensor out = dense_like(x);
   const View a(x), w(weight), o(out);
   const OptionalView b(bias);
   run([&](const kpdeploy_context* c) { return kpdeploy_layer_norm(c, a, w, b, eps, o); });
@@ -197,14 +218,17 @@ Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
 }
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
-  Tensor out = empty_like(x);
+  make_dense(x, weight);
+  Tensor out = dense_like(x);
   const View a(x), w(weight), o(out);
   run([&](const kpdeploy_context* c) { return kpdeploy_rms_norm(c, a, w, eps, o); });
   return out;
 }
 
 std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight, Optional bias, double eps) {
-  Tensor normalized = empty_like(x), sum = empty_like(x);
+  make_dense(x, residual, weight);
+  make_dense(bias);
+  Tensor normalized = dense_like(x), sum = dense_like(x);
   const View a(x), r(residual), w(weight), n(normalized), s(sum);
   const OptionalView b(bias);
   run([&](const kpdeploy_context* c) { return kpdeploy_add_layer_norm(c, a, r, w, b, eps, n, s); });
@@ -212,7 +236,8 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
-  Tensor normalized = empty_like(x), sum = empty_like(x);
+  make_dense(x, residual, weight);
+  Tensor normalized = dense_like(x), sum = dense_like(x);
   const View a(x), r(residual), w(weight), n(normalized), s(sum);
   run([&](const kpdeploy_context* c) { return kpdeploy_add_rms_norm(c, a, r, w, eps, n, s); });
   return {normalized, sum};
