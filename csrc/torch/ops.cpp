@@ -32,7 +32,8 @@ constexpr int64_t kFewRows = 4;  // up to here our own kernel reads the weight o
 
 // A view for the C ABI; the tensor must outlive it.
 struct View {
-  explicit View(const Tensor& tensor) {
+  explicit View(const Tensor& tensor) : defined(tensor.defined()) {
+    if (!defined) return;  // None came where a tensor was due
     int32_t dtype;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
     view.data = tensor.data_ptr();
@@ -46,7 +47,8 @@ struct View {
                                                         : KPDEPLOY_OTHER;
     view.device = tensor.is_cpu() ? KPDEPLOY_CPU : tensor.is_cuda() ? KPDEPLOY_CUDA : KPDEPLOY_OTHER_DEVICE;
   }
-  operator const kpdeploy_tensor*() const { return &view; }
+  operator const kpdeploy_tensor*() const { return defined ? &view : nullptr; }
+  bool defined;
   kpdeploy_tensor view{};
 };
 
@@ -110,6 +112,7 @@ Tensor empty(const Sizes& sizes, const Tensor& like) {
 }
 
 Tensor dense_like(const Tensor& like) {
+  if (!like.defined()) throw std::runtime_error("kpdeploy: the first tensor is missing");
   const auto sizes = like.sizes();
   return empty(Sizes(sizes.begin(), sizes.end()), like);
 }
@@ -125,6 +128,7 @@ Sizes linear_sizes(const Tensor& x, const Tensor& weight) {
 template <class... Tensors>
 void make_dense(Tensors&... tensors) {
   const auto one = [](Tensor& t) {
+    if (!t.defined()) return;
     const int64_t last = t.dim() - 1;
     if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1) t = torch::stable::contiguous(t);
   };

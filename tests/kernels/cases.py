@@ -97,8 +97,10 @@ def to_dtype(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     def one(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
             return value
-        return torch.empty_strided(value.shape, value.stride(), dtype=dtype).copy_(value) if _fits(value) else (
-            value.to(dtype)
+        return (
+            torch.empty_strided(value.shape, value.stride(), dtype=dtype).copy_(value)
+            if _fits(value)
+            else (value.to(dtype))
         )
 
     return tuple(one(value) for value in arguments)

@@ -93,7 +93,9 @@ def test_a_nan_stays_one(isa: str) -> None:
 def test_large_rows(shape: tuple[int, int]) -> None:
     x, r, w = torch.randn(shape), torch.randn(shape), torch.randn(shape[1])
     arguments = (x, r, w, None, 1e-5)
-    for out, ref in zip(call("add_layer_norm", arguments, threads=2), expected("add_layer_norm", arguments), strict=True):
+    for out, ref in zip(
+        call("add_layer_norm", arguments, threads=2), expected("add_layer_norm", arguments), strict=True
+    ):
         assert error(out, ref) <= 1e-6
 
 
@@ -104,7 +106,11 @@ Q = np.ones((2, 3, 8), np.float32)
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("linear_activation", (X, W[:, :5], B, "gelu", np.ones((4, 6), np.float32)), "weight is [6, 5], which does not"),
+        (
+            "linear_activation",
+            (X, W[:, :5], B, "gelu", np.ones((4, 6), np.float32)),
+            "weight is [6, 5], which does not",
+        ),
         ("linear_activation", (X, W, B[:3], "gelu", np.ones((4, 6), np.float32)), "bias is [3]; [6] fits"),
         ("linear_activation", (X, W, B, "tanh", np.ones((4, 6), np.float32)), "activation is none of"),
         ("linear_activation", (X, W, B, "gelu", np.ones((4, 5), np.float32)), "out is [4, 5]"),
