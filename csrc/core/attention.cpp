@@ -7,7 +7,8 @@
 namespace kpdeploy {
 namespace {
 
-constexpr int64_t kQueries = 112;  // in a task, at most about: it lays out each block of keys once for all of them
+// Queries in a task, at most: it lays out each block of keys once for all of them. Fewer where tasks are few.
+constexpr int64_t kQueries = 224, kQueriesOfFew = 112;
 constexpr int64_t kHeadSize = 256;
 
 struct Attention {
@@ -91,10 +92,9 @@ void attend(const kpdeploy_context* context, const Attention& a) {
   if (a.query.numel() == 0) return;
   const Kernels& k = kernels();
   const int64_t length = a.query.size(1);
-  const int64_t wanted = (length + kQueries - 1) / kQueries;
-  const int64_t even = (length + wanted - 1) / wanted;
-  const int64_t queries = (even + k.tile_rows - 1) / k.tile_rows * k.tile_rows;
-  const int64_t blocks = (length + queries - 1) / queries;
+  const bool few = a.query.size(0) * a.heads < 4 * context->threads;
+  const int64_t wanted = (length - 1) / (few ? kQueriesOfFew : kQueries) + 1;
+  const int64_t queries = (length - 1) / wanted + 1, blocks = (length - 1) / queries + 1;
   const int64_t floats = k.attention_scratch(queries, a.head_size);
   parallel(context, a.query.size(0) * a.heads * blocks, [&](int64_t task) {
     const int64_t first = task % blocks * queries, head = task / blocks % a.heads, batch = task / blocks / a.heads;

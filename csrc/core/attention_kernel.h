@@ -3,6 +3,12 @@
 
 constexpr int64_t kKeys = 256;  // keys in a block: its scores for one tile of queries stay in the first cache
 
+// Tiles of queries, of even size: see rows_per_tile in linear.cpp.
+inline int64_t query_rows(int64_t queries) {
+  const int64_t tiles = (queries + kTileRows - 1) / kTileRows;
+  return (queries + tiles - 1) / tiles;
+}
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct AttentionScratch {
@@ -64,14 +70,15 @@ inline float soften(float* scores, int64_t seen, int64_t width, float& running, 
 
 // One tile of queries against the block of keys that starts at `first`.
 inline void attend_tile(const AttentionBlock& t, const AttentionScratch& s, int64_t row, int64_t first, int64_t keys) {
-  const int rows = t.queries - row < kTileRows ? t.queries - row : kTileRows;
+  const int64_t each = query_rows(t.queries);
+  const int rows = t.queries - row < each ? t.queries - row : each;
+  const float* query = s.query + row / each * kTileRows * t.head_size;
   const int64_t last_sees = t.causal ? t.first_visible + row + rows - 1 - first : keys;
   if (last_sees <= 0) return;
   const int64_t wanted = last_sees < keys ? last_sees : keys, width = round_up(wanted, kPanel);
   const int64_t columns = round_up(t.head_size, kPanel);
   for (int64_t j = 0; j < wanted; j += kPanel)
-    multiply<1, kTileRows>(rows, s.query + row * t.head_size, s.key + j * t.head_size, t.head_size, s.scores + j,
-                           kKeys, false);
+    multiply<1, kTileRows>(rows, query, s.key + j * t.head_size, t.head_size, s.scores + j, kKeys, false);
   for (int r = 0; r < rows; ++r) {
     const int64_t visible = t.causal ? t.first_visible + row + r - first : wanted;
     const int64_t seen = visible < 0 ? 0 : visible < wanted ? visible : wanted;
@@ -94,9 +101,10 @@ template <class T>
 void attention_block(const AttentionBlock& t) {
   const AttentionScratch s = attention_layout(t.scratch, t.queries, t.head_size);
   const int64_t columns = round_up(t.head_size, kPanel);
-  for (int64_t row = 0; row < t.queries; row += kTileRows) {
-    const int rows = t.queries - row < kTileRows ? t.queries - row : kTileRows;
-    float* tile = s.query + row * t.head_size;
+  const int64_t each = query_rows(t.queries);
+  for (int64_t row = 0; row < t.queries; row += each) {
+    const int rows = t.queries - row < each ? t.queries - row : each;
+    float* tile = s.query + row / each * kTileRows * t.head_size;
     transpose_rows(static_cast<const T*>(t.query) + row * t.query_stride, t.query_stride, rows, t.head_size, tile,
                    kTileRows);
   }
@@ -124,7 +132,7 @@ void attention_block(const AttentionBlock& t) {
     }
     if (columns - t.head_size >= W)  // the last panel's right half, which no value fills
       for (int64_t j = 0; j < keys; ++j) store(s.value + (columns - kPanel) * kKeys + j * kPanel + W, vf{});
-    for (int64_t row = 0; row < t.queries; row += kTileRows) attend_tile(t, s, row, first, keys);
+    for (int64_t row = 0; row < t.queries; row += each) attend_tile(t, s, row, first, keys);
   }
 
   for (int64_t i = 0; i < t.queries; ++i) {

@@ -29,9 +29,10 @@ struct MultiplyBlock {
   const void* bias;     // null, or [columns]
   void* out;            // [rows][columns]
   int64_t tile_floats, out_stride;
+  int64_t rows_per_tile;  // 1 to tile_rows
   int64_t k, rows, columns;
   int activation;
-  float* scratch;  // rows and columns, both rounded up to whole tiles and panels; twice that with b_gate
+  float* scratch;  // rows times columns, these rounded up to whole panels; twice that with b_gate
 };
 
 struct AttentionBlock {

@@ -94,18 +94,22 @@ void multiply_few(const kpdeploy_context* context, const Linear& l) {
   });
 }
 
+// Rows in each tile: as few tiles as there can be, of even size, since a tile of one row takes half as long as one of
+// fourteen.
+int64_t rows_per_tile(int64_t rows) { return blocks(rows, blocks(rows, kernels().tile_rows)); }
+
 // x in tiles [k][tile_rows], each followed by one vector of room.
 const float* tiles_of(const kpdeploy_context* context, const Tensor& tensor, int64_t tile_floats) {
   const Kernels& kernel = kernels();
   const Rows x(tensor);
-  const int64_t k = tensor.size(-1), tiles = blocks(x.count(), kernel.tile_rows);
+  const int64_t k = tensor.size(-1), each = rows_per_tile(x.count()), tiles = blocks(x.count(), each);
   float* packed = scratch(kSharedScratch, tiles * tile_floats);
   if (!packed) throw Refusal{KPDEPLOY_OUT_OF_MEMORY, "not enough memory to lay out x"};
   const bool regular = x.stride() >= 0;
   parallel(context, blocks(tiles, kPackTask), [&](int64_t task) {
     for (int64_t t = task * kPackTask; t < std::min(tiles, (task + 1) * kPackTask); ++t) {
-      const int64_t first = t * kernel.tile_rows;
-      const int rows = static_cast<int>(std::min<int64_t>(kernel.tile_rows, x.count() - first));
+      const int64_t first = t * each;
+      const int rows = static_cast<int>(std::min(each, x.count() - first));
       const char* data = x.row(first);
       int64_t stride = x.stride();
       if (!regular) {  // rows that no single stride describes are gathered first
@@ -149,7 +153,7 @@ void multiply_panels(const kpdeploy_context* context, const Product& product, in
   const Kernels& kernel = kernels();
   const Rows out(l.out);
   const int64_t width = kernel.panel_columns, k = l.weight.k, item = l.x.item_bytes();
-  const int64_t tiles = blocks(out.count(), kernel.tile_rows);
+  const int64_t each = rows_per_tile(out.count()), tiles = blocks(out.count(), each);
   // Rows that share a panel's run, then as many panels as leave each thread a few tasks.
   const int64_t per_task = std::max<int64_t>(1, std::min(tiles, kTaskRows / kernel.tile_rows));
   const int64_t row_tasks = blocks(tiles, per_task), threads = std::max(context->threads, 1);
@@ -158,15 +162,16 @@ void multiply_panels(const kpdeploy_context* context, const Product& product, in
   const int64_t space = per_task * kernel.tile_rows * group * width * (gates ? 2 : 1);
   parallel(context, row_tasks * column_tasks, [&](int64_t task) {
     const int64_t p = task % column_tasks * group, column = (first + p) * width;
-    const int64_t row = task / column_tasks * per_task * kernel.tile_rows;
+    const int64_t tile = task / column_tasks * per_task, row = tile * each;
     MultiplyBlock m{};
-    m.a = product.tiles + row / kernel.tile_rows * product.tile_floats;
+    m.a = product.tiles + tile * product.tile_floats;
+    m.rows_per_tile = each;
     m.tile_floats = product.tile_floats;
     m.b = panels + p * width * k;
     m.b_gate = gates ? gates + p * width * k : nullptr;
     m.bias = l.bias ? static_cast<const char*>(l.bias) + column * item : nullptr;
     m.k = k;
-    m.rows = std::min(per_task * kernel.tile_rows, out.count() - row);
+    m.rows = std::min(per_task * each, out.count() - row);
     m.columns = std::min(std::min(group, count - p) * width, l.weight.n - column);
     m.activation = l.activation;
     m.out = out.row(row) + column * item;

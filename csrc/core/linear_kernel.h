@@ -8,7 +8,7 @@ constexpr int kPanel = 2 * W;
 
 // Products are added up in runs of at most this many, then the runs are: a panel's run stays in the first cache while
 // the tiles pass, and the rounding error grows with the roots of both numbers.
-constexpr int64_t kRun = 384;
+constexpr int64_t kRun = 256;
 
 // c[r][kPanel] (+)= sum over p of a[r * RowStep + p * DepthStep] * b[p][kPanel].
 template <int Rows, int RowStep, int DepthStep>
@@ -57,10 +57,9 @@ void finish_row(const float* product, const float* gate, const void* bias, int a
 template <class T>
 inline void multiply_run(const MultiplyBlock& m, int64_t row, int64_t column, int64_t first, int64_t depth,
                          bool last) {
-  const int rows = m.rows - row < kTileRows ? m.rows - row : kTileRows;
-  const int64_t stride = (m.columns + kPanel - 1) / kPanel * kPanel;
-  const int64_t gate_at = (m.rows + kTileRows - 1) / kTileRows * kTileRows * stride;
-  const float* a = m.a + row / kTileRows * m.tile_floats + first * kTileRows;
+  const int rows = m.rows - row < m.rows_per_tile ? m.rows - row : m.rows_per_tile;
+  const int64_t stride = (m.columns + kPanel - 1) / kPanel * kPanel, gate_at = m.rows * stride;
+  const float* a = m.a + row / m.rows_per_tile * m.tile_floats + first * kTileRows;
   const int64_t at = column * m.k + first * kPanel;
   float* c = m.scratch + row * stride + column;
   multiply<1, kTileRows>(rows, a, m.b + at, depth, c, stride, first > 0);
@@ -73,6 +72,14 @@ inline void multiply_run(const MultiplyBlock& m, int64_t row, int64_t column, in
                   static_cast<T*>(m.out) + (row + r) * m.out_stride + column, columns);
 }
 
+// Each tile brings its share of the next panel's run into the second cache: with few tiles, waiting for the weight to
+// come from memory is what takes the time.
+inline void fetch(const MultiplyBlock& m, int64_t row, const float* next, int64_t floats) {
+  const int64_t tiles = (m.rows + m.rows_per_tile - 1) / m.rows_per_tile, share = floats / tiles / 16 * 16 + 16;
+  const int64_t from = row / m.rows_per_tile * share, to = from + share < floats ? from + share : floats;
+  for (int64_t i = from; i < to; i += 16) __builtin_prefetch(next + i, 0, 2);
+}
+
 template <class T>
 void multiply_block(const MultiplyBlock& m) {
   const int64_t runs = m.k > kRun ? (m.k + kRun - 1) / kRun : 1;
@@ -80,8 +87,10 @@ void multiply_block(const MultiplyBlock& m) {
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t first = i * run, depth = m.k - first < run ? m.k - first : run;
     for (int64_t column = 0; column < m.columns; column += kPanel)
-      for (int64_t row = 0; row < m.rows; row += kTileRows)
+      for (int64_t row = 0; row < m.rows; row += m.rows_per_tile) {
+        if (column + kPanel < m.columns) fetch(m, row, m.b + (column + kPanel) * m.k + first * kPanel, depth * kPanel);
         multiply_run<T>(m, row, column, first, depth > 0 ? depth : 0, i + 1 == runs);
+      }
   }
 }
 
