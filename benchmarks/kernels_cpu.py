@@ -73,9 +73,13 @@ def norms(rows: int, columns: int, threads: int) -> dict[str, Run]:
         total = x + r
         return functional.layer_norm(total, (columns,), w, b), total
 
+    def clones() -> tuple[torch.Tensor, torch.Tensor]:
+        return x.clone(), r.clone()
+
     node = ours("AddLayerNorm", ["x", "r", "w", "b"], ["y", "s"], eps=1e-5)
     return {
-        "two copies of the same bytes": copies,
+        "two copies, into memory in use": copies,
+        "torch: two clones, into new memory": clones,
         "torch: kpdeploy::add_layer_norm": lambda: torch.ops.kpdeploy.add_layer_norm(x, r, w, b, 1e-5),
         "torch: add, layer_norm": separate,
         "ORT: com.kpdeploy:AddLayerNorm": session([node], feeds, constants, threads),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from cases import ALL, Case, error, to_dtype
 
-from kpdeploy import _core  # type: ignore[attr-defined]
 from kpdeploy.ops import OPS
+
+_core = pytest.importorskip("kpdeploy._core", reason="this installation has no kernels: csrc/BUILD.md")
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 LOST_DIGITS = {"far from 0": 5, "far from 0, no bias": 5, "large scores": 20}
