@@ -1,0 +1,119 @@
+// attention: one task for each batch row, head and block of queries.
+
+#include <algorithm>
+
+#include "checks.h"
+
+namespace kpdeploy {
+namespace {
+
+// Queries in a task, at most: it lays out each block of keys once for all of them. Fewer where tasks are few.
+constexpr int64_t kQueries = 224, kQueriesOfFew = 112;
+constexpr int64_t kHeadSize = 256;
+
+struct Attention {
+  Tensor query, key, value, out;
+  const int64_t* lengths;  // null: all keys
+  int64_t lengths_stride;
+  int64_t heads, kv_heads, head_size;
+  float scale;
+  bool causal;
+
+  int64_t keys_of(int64_t batch) const { return lengths ? lengths[batch * lengths_stride] : key.size(1); }
+};
+
+void check_lengths(Attention& a, const kpdeploy_tensor* lengths) {
+  if (!lengths) return;
+  if (lengths->device != KPDEPLOY_CPU) refuse_unsupported("lengths is not on the CPU");
+  if (lengths->dtype != KPDEPLOY_I64) refuse("lengths is not int64");
+  if (lengths->rank != 1 || lengths->sizes[0] != a.query.size(0))
+    refuse("lengths has not the shape [%lld] of the batch", (long long)a.query.size(0));
+  a.lengths = static_cast<const int64_t*>(lengths->data);
+  a.lengths_stride = lengths->strides[0];
+  for (int64_t b = 0; b < a.query.size(0); ++b)
+    if (a.keys_of(b) < 0 || a.keys_of(b) > a.key.size(1))
+      refuse("lengths[%lld] is %lld, with %lld keys", (long long)b, (long long)a.keys_of(b), (long long)a.key.size(1));
+}
+
+Attention checked(const kpdeploy_tensor* query, const kpdeploy_tensor* key, const kpdeploy_tensor* value,
+                  const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads, double scale, int causal,
+                  const kpdeploy_tensor* out) {
+  Attention a{};
+  a.query = floats("query", query, 3);
+  a.key = floats_like("key", key, 3, a.query);
+  a.value = floats_like("value", value, 3, a.query);
+  a.out = floats_like("out", out, 3, a.query);
+  for (const Tensor* t : {&a.query, &a.key, &a.value})
+    if (t->rank != 3) refuse("%s is %s, not [batch, length, heads * size]", t->name, t->shape().c_str());
+  if (heads < 1 || kv_heads < 1 || heads % kv_heads)
+    refuse("heads is %lld, not a multiple of kv_heads %lld", (long long)heads, (long long)kv_heads);
+  a.heads = heads;
+  a.kv_heads = kv_heads;
+  a.head_size = a.query.size(2) / heads;
+  if (a.query.size(2) % heads || a.head_size < 1 || a.head_size > kHeadSize)
+    refuse("query is %s: its last dim is not %lld heads of size 1 to %lld", a.query.shape().c_str(), (long long)heads,
+           (long long)kHeadSize);
+  if (a.key.size(2) != kv_heads * a.head_size || a.key.size(0) != a.query.size(0))
+    refuse("key is %s; with query %s, %lld heads and %lld kv_heads it is [%lld, keys, %lld]", a.key.shape().c_str(),
+           a.query.shape().c_str(), (long long)heads, (long long)kv_heads, (long long)a.query.size(0),
+           (long long)(kv_heads * a.head_size));
+  same_sizes(a.value, a.key);
+  same_sizes(a.out, a.query);
+  a.scale = static_cast<float>(scale);
+  a.causal = causal != 0;
+  check_lengths(a, lengths);
+  return a;
+}
+
+AttentionBlock block_of(const Attention& a, int64_t batch, int64_t head, int64_t first, int64_t queries) {
+  const int64_t kv_head = head / (a.heads / a.kv_heads), bytes = a.query.item_bytes();
+  const auto at = [&](const Tensor& t, int64_t row, int64_t column) {
+    return t.data + (batch * t.stride(0) + row * t.stride(1) + column * a.head_size) * bytes;
+  };
+  AttentionBlock block{};
+  block.query = at(a.query, first, head);
+  block.key = at(a.key, 0, kv_head);
+  block.value = at(a.value, 0, kv_head);
+  block.out = at(a.out, first, head);
+  block.query_stride = a.query.stride(1);
+  block.key_stride = a.key.stride(1);
+  block.value_stride = a.value.stride(1);
+  block.out_stride = a.out.stride(1);
+  block.queries = queries;
+  block.keys = a.keys_of(batch);
+  block.head_size = a.head_size;
+  block.causal = a.causal;
+  block.first_visible = a.causal ? first + a.key.size(1) - a.query.size(1) + 1 : block.keys;
+  block.scale = a.scale;
+  return block;
+}
+
+void attend(const kpdeploy_context* context, const Attention& a) {
+  if (a.query.numel() == 0) return;
+  const Kernels& k = kernels();
+  const int64_t length = a.query.size(1);
+  const bool few = a.query.size(0) * a.heads < 4 * context->threads;
+  const int64_t wanted = (length - 1) / (few ? kQueriesOfFew : kQueries) + 1;
+  const int64_t queries = (length - 1) / wanted + 1, blocks = (length - 1) / queries + 1;
+  const int64_t floats = k.attention_scratch(queries, a.head_size);
+  parallel(context, a.query.size(0) * a.heads * blocks, [&](int64_t task) {
+    const int64_t first = task % blocks * queries, head = task / blocks % a.heads, batch = task / blocks / a.heads;
+    AttentionBlock block = block_of(a, batch, head, first, std::min(queries, length - first));
+    block.scratch = scratch(kTaskScratch, floats);
+    if (!block.scratch) return false;
+    k.attention_block[a.query.dtype](block);
+    return true;
+  });
+}
+
+}  // namespace
+}  // namespace kpdeploy
+
+int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
+                       const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
+                       double scale, int causal, const kpdeploy_tensor* out) {
+  return kpdeploy::guarded(context, "attention", [&] {
+    kpdeploy::attend(context,
+                     kpdeploy::checked(query, key, value, lengths, heads, kv_heads, scale, causal, out));
+  });
+}

@@ -1,0 +1,103 @@
+// Refusals, checks and the walk over rows that all ops share.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <string>
+
+#include "isa.h"
+#include "kpdeploy.h"
+
+namespace kpdeploy {
+
+// Thrown inside an entry point, turned into a status and a message at its border.
+struct Refusal {
+  kpdeploy_status status;
+  std::string message;
+};
+
+[[noreturn]] void refuse(const char* format, ...) __attribute__((format(printf, 1, 2)));
+[[noreturn]] void refuse_unsupported(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// Runs `body`, which may throw a Refusal or std::bad_alloc; writes "op: message" to the context.
+int report(const kpdeploy_context* context, const char* op, const Refusal& refusal);
+
+template <class Body>
+int guarded(const kpdeploy_context* context, const char* op, const Body& body) {
+  try {
+    body();
+    return KPDEPLOY_OK;
+  } catch (const Refusal& refusal) {
+    return report(context, op, refusal);
+  } catch (...) {
+    return report(context, op, {KPDEPLOY_OUT_OF_MEMORY, "not enough memory"});
+  }
+}
+
+// A checked view of a kpdeploy_tensor.
+struct Tensor {
+  const char* name;
+  char* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int rank;
+  int dtype;
+
+  int64_t size(int dim) const { return sizes[dim < 0 ? rank + dim : dim]; }
+  int64_t stride(int dim) const { return strides[dim < 0 ? rank + dim : dim]; }
+  int64_t numel() const;
+  int64_t item_bytes() const;
+  std::string shape() const;  // such as "[2, 3]"
+};
+
+// A CPU tensor of at least `least_rank`, of dtype f32 or bf16, its last dim contiguous.
+Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank);
+// As `floats`, with the dtype of `like`.
+Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like);
+// A vector [n] of the dtype of `like`; null where the pointer is.
+const void* vector_of(const char* name, const kpdeploy_tensor* tensor, int64_t n, const Tensor& like);
+void same_sizes(const Tensor& a, const Tensor& b);
+
+// The leading dims of a tensor as rows: offset(r) is where row r starts, in bytes.
+class Rows {
+ public:
+  explicit Rows(const Tensor& tensor);
+  int64_t count() const { return count_; }
+  char* row(int64_t r) const;
+  // Elements between two rows, where that is one number for all; -1 else.
+  int64_t stride() const { return dims_ <= 1 ? strides_[0] : -1; }
+
+ private:
+  static constexpr int kDims = 8;
+  char* data_;
+  int64_t item_bytes_, count_ = 1;
+  int dims_ = 0;
+  int64_t sizes_[kDims] = {1}, strides_[kDims] = {0};
+};
+
+// Tasks [0, tasks) on the injected pool. A task returns false where it found no memory.
+template <class Task>
+void parallel(const kpdeploy_context* context, int64_t tasks, const Task& task) {
+  struct Shared {
+    const Task* task;
+    std::atomic<bool> failed{false};
+  } shared;
+  shared.task = &task;
+  const auto call = [](void* argument, int64_t index) {
+    auto* s = static_cast<Shared*>(argument);
+    if (!(*s->task)(index)) s->failed = true;
+  };
+  if (tasks > 1 && context->parallel_for) {
+    context->parallel_for(context->pool, tasks, call, &shared);
+  } else {
+    for (int64_t i = 0; i < tasks; ++i) call(&shared, i);
+  }
+  if (shared.failed) throw Refusal{KPDEPLOY_OUT_OF_MEMORY, "not enough memory for scratch space"};
+}
+
+// Scratch of this thread that lives until it ends: at least n floats, aligned to 64 bytes; null without memory.
+// `slot`: which of two independent areas.
+float* scratch(int slot, int64_t n);
+enum { kSharedScratch = 0, kTaskScratch = 1, kShared2Scratch = 2 };
+
+}  // namespace kpdeploy

@@ -1,0 +1,133 @@
+/* The kernels' C ABI: pointers, sizes, strides, an injected thread pool or stream; a status and a message out.
+ *
+ * Every function checks ranks, sizes, dtypes and strides itself before it touches memory, and may be called from any
+ * thread. Nothing is kept between calls but scratch memory. Outputs are allocated by the caller and must not overlap
+ * any other tensor. Nothing here throws. */
+#ifndef KPDEPLOY_H
+#define KPDEPLOY_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum {
+  KPDEPLOY_OK = 0,
+  KPDEPLOY_BAD_ARGUMENT = 1,  /* a rank, size, dtype, stride or value that the op does not take */
+  KPDEPLOY_UNSUPPORTED = 2,   /* a device or dtype for which this library was built without a kernel */
+  KPDEPLOY_OUT_OF_MEMORY = 3,
+} kpdeploy_status;
+
+typedef enum {
+  KPDEPLOY_OTHER = -1,
+  KPDEPLOY_F32 = 0,
+  KPDEPLOY_BF16 = 1,
+  KPDEPLOY_F16 = 2,
+  KPDEPLOY_I64 = 3,
+} kpdeploy_dtype;
+
+typedef enum { KPDEPLOY_CPU = 0, KPDEPLOY_CUDA = 1, KPDEPLOY_OTHER_DEVICE = -1 } kpdeploy_device;
+
+typedef enum {
+  KPDEPLOY_NONE = 0,
+  KPDEPLOY_RELU = 1,
+  KPDEPLOY_GELU = 2,      /* x * Phi(x), by erf */
+  KPDEPLOY_GELU_TANH = 3, /* its tanh formula */
+  KPDEPLOY_SILU = 4,
+} kpdeploy_activation;
+
+/* A tensor that somebody else owns. Strides are in elements. */
+typedef struct {
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int32_t rank;
+  int32_t dtype;  /* kpdeploy_dtype */
+  int32_t device; /* kpdeploy_device */
+} kpdeploy_tensor;
+
+typedef struct {
+  /* Run task(argument, i) for i in [0, tasks), on any threads, and return when all are done. NULL: in this thread. */
+  void (*parallel_for)(void* pool, int64_t tasks, void (*task)(void* argument, int64_t index), void* argument);
+  void* pool;
+  int32_t threads; /* how many threads the pool has, about */
+  void* stream;   /* cudaStream_t, where the tensors are on a GPU */
+  char* message;  /* receives why a call was refused */
+  size_t message_bytes;
+} kpdeploy_context;
+
+/* Softmax(scale * Q K^T) V for each head.
+ *
+ * query [B, Sq, heads*D], key and value [B, Sk, kv_heads*D], out [B, Sq, heads*D]; D is 1 to 256. lengths (NULL: all
+ * keys): int64 [B], 0 <= lengths[b] <= Sk, the number of leading keys of row b that count. It bounds the keys only:
+ * every query row is computed, since Sq = Sk does not tell a self-attention from a cross-attention. causal: query i
+ * sees keys j <= i + Sk - Sq. A query that sees no key gives 0. */
+int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
+                       const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
+                       double scale, int causal, const kpdeploy_tensor* out);
+
+/* activation(x W^T + bias): x [..., K], weight [N, K], bias [N] or NULL, out [..., N]. */
+int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                               const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation,
+                               const kpdeploy_tensor* out);
+
+/* Only the checks, for callers that have a library multiply. */
+int kpdeploy_check_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                     const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation);
+int kpdeploy_check_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight);
+
+/* activation(x + bias): x [..., N], bias [N] or NULL, out [..., N]. For callers whose library multiplies faster. */
+int kpdeploy_bias_activation(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* bias,
+                             int activation, const kpdeploy_tensor* out);
+
+/* SiLU(x Wg^T) * (x Wu^T): x [..., K], both weights [N, K], out [..., N]. */
+int kpdeploy_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                          const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight,
+                          const kpdeploy_tensor* out);
+
+/* SiLU(gate) * up, all of one shape; out may be one of them. For callers whose library multiplies faster. */
+int kpdeploy_gate(const kpdeploy_context* context, const kpdeploy_tensor* gate, const kpdeploy_tensor* up,
+                  const kpdeploy_tensor* out);
+
+/* A weight [N, K] laid out for this CPU's kernels, once; for callers that know it is constant. */
+typedef struct kpdeploy_packed_weight kpdeploy_packed_weight;
+int kpdeploy_pack_weight(const kpdeploy_context* context, const kpdeploy_tensor* weight,
+                         kpdeploy_packed_weight** packed);
+void kpdeploy_free_packed_weight(kpdeploy_packed_weight* packed);
+int kpdeploy_linear_activation_packed(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                      const kpdeploy_packed_weight* weight, const kpdeploy_tensor* bias,
+                                      int activation, const kpdeploy_tensor* out);
+int kpdeploy_gated_linear_packed(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                 const kpdeploy_packed_weight* gate_weight, const kpdeploy_packed_weight* up_weight,
+                                 const kpdeploy_tensor* out);
+
+/* Over the last dim N of x [..., N]; weight and bias (layer norm's may be NULL) [N]; statistics in f32.
+ * The add_ forms normalize sum = x + residual before it is rounded to its dtype. */
+int kpdeploy_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                        const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out);
+int kpdeploy_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                      double eps, const kpdeploy_tensor* out);
+int kpdeploy_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                            const kpdeploy_tensor* residual, const kpdeploy_tensor* weight,
+                            const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* normalized,
+                            const kpdeploy_tensor* sum);
+int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* residual,
+                          const kpdeploy_tensor* weight, double eps, const kpdeploy_tensor* normalized,
+                          const kpdeploy_tensor* sum);
+
+/* The activation of a name (none, relu, gelu, gelu_tanh, silu), or -1. */
+int kpdeploy_activation_of(const char* name);
+
+/* The instruction set whose kernels run: "avx512", "avx2" or "baseline"; the best that this CPU has. */
+const char* kpdeploy_isa(void);
+/* Choose another one, for tests and benchmarks. Not while a kernel runs, nor with packed weights alive. */
+int kpdeploy_use_isa(const char* name);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,328 @@
+// Registration of the ops in ONNX Runtime, domain com.kpdeploy, over the kernels' C ABI. Exports RegisterCustomOps only.
+//
+// Each op is registered for float32 and for bfloat16. Weights that are constant are packed when a session is made.
+
+#define ORT_API_MANUAL_INIT
+#include <onnxruntime_cxx_api.h>
+
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kpdeploy.h"
+
+namespace {
+
+using Type = ONNXTensorElementDataType;
+constexpr Type kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr Type kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+constexpr Type kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+
+int dtype_of(Type type) {
+  switch (type) {
+    case kFloat: return KPDEPLOY_F32;
+    case kBFloat16: return KPDEPLOY_BF16;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return KPDEPLOY_F16;
+    case kInt64: return KPDEPLOY_I64;
+    default: return KPDEPLOY_OTHER;
+  }
+}
+
+// A view for the C ABI of a tensor of ONNX Runtime, which are all contiguous.
+struct View {
+  View(std::vector<int64_t> shape, Type type, const void* data) : sizes(std::move(shape)), strides(sizes.size()) {
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
+    view = {const_cast<void*>(data), sizes.data(),    strides.data(), static_cast<int32_t>(sizes.size()),
+            dtype_of(type),          KPDEPLOY_CPU};
+  }
+  View(const View&) = delete;
+  operator const kpdeploy_tensor*() const { return &view; }
+
+  std::vector<int64_t> sizes, strides;
+  kpdeploy_tensor view;
+};
+
+template <class Value>
+std::unique_ptr<View> view_of(const Value& value) {
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  return std::make_unique<View>(info.GetShape(), info.GetElementType(), value.GetTensorRawData());
+}
+
+// ONNX Runtime does not tell the size of its pool.
+int32_t machine_threads() {
+  static const auto threads = static_cast<int32_t>(std::thread::hardware_concurrency());
+  return threads;
+}
+
+// What a kernel sees of one run: inputs (null where an optional one is absent), outputs, the session's threads.
+class Run {
+ public:
+  explicit Run(OrtKernelContext* context) : raw_(context), context_(context) {
+    for (size_t i = 0; i < context_.GetInputCount(); ++i) {
+      const Ort::ConstValue value = context_.GetInput(i);
+      inputs_.push_back(value == nullptr ? nullptr : view_of(value));
+    }
+  }
+
+  const kpdeploy_tensor* input(size_t i) const { return i < inputs_.size() && inputs_[i] ? &inputs_[i]->view : nullptr; }
+  const std::vector<int64_t>& sizes(size_t i) const {
+    if (!input(i)) throw Ort::Exception("input " + std::to_string(i) + " is missing", ORT_INVALID_ARGUMENT);
+    return inputs_[i]->sizes;
+  }
+
+  const kpdeploy_tensor* output(size_t i, const std::vector<int64_t>& sizes) {
+    Ort::UnownedValue value = context_.GetOutput(i, sizes);
+    outputs_.push_back(view_of(value));
+    return *outputs_.back();
+  }
+
+  // x's sizes with the last one replaced; a scalar stays one, for the kernel to refuse.
+  std::vector<int64_t> sizes_with_last(size_t i, int64_t last) const {
+    std::vector<int64_t> result = sizes(i);
+    if (!result.empty()) result.back() = last;
+    return result;
+  }
+
+  template <class Call>
+  void call(const Call& body) const {
+    char message[512] = "";
+    const kpdeploy_context context{parallel_for, raw_, machine_threads(), nullptr, message, sizeof message};
+    if (body(&context) != KPDEPLOY_OK) throw Ort::Exception(message, ORT_INVALID_ARGUMENT);
+  }
+
+ private:
+  static void parallel_for(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+    struct Work {
+      void (*task)(void*, int64_t);
+      void* argument;
+    } work{task, argument};
+    const auto one = [](void* w, size_t i) { static_cast<Work*>(w)->task(static_cast<Work*>(w)->argument, i); };
+    Ort::KernelContext(static_cast<OrtKernelContext*>(pool)).ParallelFor(one, tasks, 0, &work);
+  }
+
+  OrtKernelContext* raw_;
+  Ort::KernelContext context_;
+  std::vector<std::unique_ptr<View>> inputs_, outputs_;
+};
+
+// A constant weight, packed; empty where the graph computes it.
+class Packed {
+ public:
+  Packed(const Ort::ConstKernelInfo& info, size_t input) {
+    int constant = 0;
+    const Ort::ConstValue value = info.GetTensorConstantInput(input, &constant);
+    if (!constant) return;
+    char message[512] = "";
+    const kpdeploy_context context{nullptr, nullptr, 1, nullptr, message, sizeof message};
+    kpdeploy_packed_weight* packed = nullptr;
+    if (kpdeploy_pack_weight(&context, *view_of(value), &packed) != KPDEPLOY_OK)
+      throw Ort::Exception(message, ORT_INVALID_ARGUMENT);
+    packed_.reset(packed);
+    rows_ = view_of(value)->sizes[0];
+  }
+  explicit operator bool() const { return packed_ != nullptr; }
+  const kpdeploy_packed_weight* get() const { return packed_.get(); }
+  int64_t rows() const { return rows_; }
+
+ private:
+  struct Free {
+    void operator()(kpdeploy_packed_weight* packed) const { kpdeploy_free_packed_weight(packed); }
+  };
+  std::unique_ptr<kpdeploy_packed_weight, Free> packed_;
+  int64_t rows_ = 0;
+};
+
+int64_t rows_of(const Packed& packed, const Run& run, size_t input) {
+  if (packed) return packed.rows();
+  return run.sizes(input).empty() ? 0 : run.sizes(input)[0];
+}
+
+// Inputs: T a tensor of the op's dtype, t an optional one, l optional int64.
+
+struct Attention {
+  static constexpr const char* kName = "Attention";
+  static constexpr const char* kInputs = "TTTl";
+  static constexpr int kOutputs = 1;
+  explicit Attention(const Ort::ConstKernelInfo& info)
+      : heads(info.GetAttribute<int64_t>("heads")),
+        kv_heads(info.GetAttribute<int64_t>("kv_heads")),
+        causal(info.GetAttribute<int64_t>("causal")),
+        scale(info.GetAttribute<float>("scale")) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* out = run.output(0, run.sizes(0));
+    run.call([&](const kpdeploy_context* c) {
+      return kpdeploy_attention(c, run.input(0), run.input(1), run.input(2), run.input(3), heads, kv_heads, scale,
+                                causal != 0, out);
+    });
+  }
+  int64_t heads, kv_heads, causal;
+  float scale;
+};
+
+struct LinearActivation {
+  static constexpr const char* kName = "LinearActivation";
+  static constexpr const char* kInputs = "TTt";
+  static constexpr int kOutputs = 1;
+  explicit LinearActivation(const Ort::ConstKernelInfo& info)
+      : activation(kpdeploy_activation_of(info.GetAttribute<std::string>("activation").c_str())), packed(info, 1) {
+    if (activation < 0)
+      throw Ort::Exception("com.kpdeploy:LinearActivation: activation is none of none, relu, gelu, gelu_tanh, silu",
+                           ORT_INVALID_ARGUMENT);
+  }
+  void compute(Run& run) const {
+    const kpdeploy_tensor* out = run.output(0, run.sizes_with_last(0, rows_of(packed, run, 1)));
+    run.call([&](const kpdeploy_context* c) {
+      return packed ? kpdeploy_linear_activation_packed(c, run.input(0), packed.get(), run.input(2), activation, out)
+                    : kpdeploy_linear_activation(c, run.input(0), run.input(1), run.input(2), activation, out);
+    });
+  }
+  int activation;
+  Packed packed;
+};
+
+struct GatedLinear {
+  static constexpr const char* kName = "GatedLinear";
+  static constexpr const char* kInputs = "TTT";
+  static constexpr int kOutputs = 1;
+  explicit GatedLinear(const Ort::ConstKernelInfo& info) : gate(info, 1), up(info, 2) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* out = run.output(0, run.sizes_with_last(0, rows_of(up, run, 2)));
+    run.call([&](const kpdeploy_context* c) {
+      return gate && up ? kpdeploy_gated_linear_packed(c, run.input(0), gate.get(), up.get(), out)
+                        : kpdeploy_gated_linear(c, run.input(0), run.input(1), run.input(2), out);
+    });
+  }
+  Packed gate, up;
+};
+
+struct LayerNorm {
+  static constexpr const char* kName = "LayerNorm";
+  static constexpr const char* kInputs = "TTt";
+  static constexpr int kOutputs = 1;
+  explicit LayerNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* out = run.output(0, run.sizes(0));
+    run.call([&](const kpdeploy_context* c) {
+      return kpdeploy_layer_norm(c, run.input(0), run.input(1), run.input(2), eps, out);
+    });
+  }
+  float eps;
+};
+
+struct RmsNorm {
+  static constexpr const char* kName = "RmsNorm";
+  static constexpr const char* kInputs = "TT";
+  static constexpr int kOutputs = 1;
+  explicit RmsNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* out = run.output(0, run.sizes(0));
+    run.call([&](const kpdeploy_context* c) { return kpdeploy_rms_norm(c, run.input(0), run.input(1), eps, out); });
+  }
+  float eps;
+};
+
+struct AddLayerNorm {
+  static constexpr const char* kName = "AddLayerNorm";
+  static constexpr const char* kInputs = "TTTt";
+  static constexpr int kOutputs = 2;
+  explicit AddLayerNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* normalized = run.output(0, run.sizes(0));
+    const kpdeploy_tensor* sum = run.output(1, run.sizes(0));
+    run.call([&](const kpdeploy_context* c) {
+      return kpdeploy_add_layer_norm(c, run.input(0), run.input(1), run.input(2), run.input(3), eps, normalized, sum);
+    });
+  }
+  float eps;
+};
+
+struct AddRmsNorm {
+  static constexpr const char* kName = "AddRmsNorm";
+  static constexpr const char* kInputs = "TTT";
+  static constexpr int kOutputs = 2;
+  explicit AddRmsNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* normalized = run.output(0, run.sizes(0));
+    const kpdeploy_tensor* sum = run.output(1, run.sizes(0));
+    run.call([&](const kpdeploy_context* c) {
+      return kpdeploy_add_rms_norm(c, run.input(0), run.input(1), run.input(2), eps, normalized, sum);
+    });
+  }
+  float eps;
+};
+
+template <class Body>
+OrtStatusPtr status_of(const Body& body) noexcept {
+  try {
+    body();
+    return nullptr;
+  } catch (const Ort::Exception& error) {
+    return Ort::GetApi().CreateStatus(error.GetOrtErrorCode(), error.what());
+  } catch (const std::exception& error) {
+    return Ort::GetApi().CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+  }
+}
+
+template <class Kernel>
+struct Computing : Kernel {
+  using Kernel::Kernel;
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
+    return status_of([&] {
+      Run run(context);
+      Kernel::compute(run);
+    });
+  }
+};
+
+template <class Kernel, Type type>
+struct Op : Ort::CustomOpBase<Op<Kernel, type>, Computing<Kernel>, true> {
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return status_of([&] { *kernel = new Computing<Kernel>(Ort::ConstKernelInfo(info)); });
+  }
+  const char* GetName() const { return Kernel::kName; }
+  const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
+  size_t GetInputTypeCount() const { return std::char_traits<char>::length(Kernel::kInputs); }
+  Type GetInputType(size_t i) const { return Kernel::kInputs[i] == 'l' ? kInt64 : type; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
+    return Kernel::kInputs[i] == 'T' ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
+  size_t GetOutputTypeCount() const { return Kernel::kOutputs; }
+  Type GetOutputType(size_t) const { return type; }
+};
+
+template <class Kernel>
+void add(Ort::CustomOpDomain& domain) {
+  static const Op<Kernel, kFloat> f32;
+  static const Op<Kernel, kBFloat16> bf16;
+  domain.Add(&f32);
+  domain.Add(&bf16);
+}
+
+// One domain for all sessions of the process.
+Ort::CustomOpDomain& domain() {
+  static Ort::CustomOpDomain made = [] {
+    Ort::CustomOpDomain d("com.kpdeploy");
+    add<Attention>(d);
+    add<LinearActivation>(d);
+    add<GatedLinear>(d);
+    add<LayerNorm>(d);
+    add<RmsNorm>(d);
+    add<AddLayerNorm>(d);
+    add<AddRmsNorm>(d);
+    return d;
+  }();
+  return made;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options,
+                                                                                const OrtApiBase* base) {
+  const OrtApi* api = base->GetApi(ORT_API_VERSION);
+  if (!api)
+    return base->GetApi(1)->CreateStatus(ORT_NOT_IMPLEMENTED, "libkpdeploy_onnx.so needs ONNX Runtime 1.21 or later");
+  Ort::InitApi(api);
+  return status_of([&] { Ort::ThrowOnError(api->AddCustomOpDomain(options, domain())); });
+}

@@ -1,0 +1,311 @@
+// Registration of the ops in torch, over LibTorch's stable ABI (2.10 and later) and the kernels' C ABI.
+//
+// Not STABLE_TORCH_LIBRARY: that ends the process when the namespace or an op is there already, as when two bundles in
+// one server each bring this library. Here the second one sees the first and stays quiet.
+
+#include <dlfcn.h>
+#include <link.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kpdeploy.h"
+
+extern "C" __attribute__((visibility("default"))) int kpdeploy_torch_registered;
+int kpdeploy_torch_registered = 0;
+
+namespace {
+
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = std::vector<int64_t>;
+
+constexpr int64_t kFewRows = 4;  // up to here our own kernel reads the weight once, which oneDNN does not beat
+
+// A view for the C ABI; the tensor must outlive it.
+struct View {
+  explicit View(const Tensor& tensor) : defined(tensor.defined()) {
+    if (!defined) return;  // None came where a tensor was due
+    int32_t dtype;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    view.data = tensor.data_ptr();
+    view.sizes = tensor.sizes().data();
+    view.strides = tensor.strides().data();
+    view.rank = static_cast<int32_t>(tensor.dim());
+    view.dtype = dtype == aoti_torch_dtype_float32()    ? KPDEPLOY_F32
+                 : dtype == aoti_torch_dtype_bfloat16() ? KPDEPLOY_BF16
+                 : dtype == aoti_torch_dtype_float16()  ? KPDEPLOY_F16
+                 : dtype == aoti_torch_dtype_int64()    ? KPDEPLOY_I64
+                                                        : KPDEPLOY_OTHER;
+    view.device = tensor.is_cpu() ? KPDEPLOY_CPU : tensor.is_cuda() ? KPDEPLOY_CUDA : KPDEPLOY_OTHER_DEVICE;
+  }
+  operator const kpdeploy_tensor*() const { return defined ? &view : nullptr; }
+  bool defined;
+  kpdeploy_tensor view{};
+};
+
+struct OptionalView {
+  explicit OptionalView(const Optional& tensor) {
+    if (tensor) held.emplace(*tensor);
+  }
+  operator const kpdeploy_tensor*() const { return held ? &held->view : nullptr; }
+  std::optional<View> held;
+};
+
+int32_t torch_threads() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return static_cast<int32_t>(threads);
+}
+
+// torch's pool splits evenly beforehand; tasks differ where lengths do, so each thread takes the next one.
+void on_torch_threads(void*, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
+  struct Work {
+    std::atomic<int64_t> next{0};
+    int64_t tasks;
+    void (*task)(void*, int64_t);
+    void* argument;
+  } work;
+  work.tasks = tasks;
+  work.task = task;
+  work.argument = argument;
+  const int64_t threads = torch_threads();
+  const auto loop = [](int64_t, int64_t, void* context) {
+    auto* w = static_cast<Work*>(context);
+    for (int64_t i; (i = w->next.fetch_add(1)) < w->tasks;) w->task(w->argument, i);
+  };
+  const int64_t workers = tasks < threads ? tasks : threads;
+  if (workers <= 1 || torch_parallel_for(0, workers, 1, loop, &work) != AOTI_TORCH_SUCCESS) loop(0, 1, &work);
+}
+
+template <class Call>
+void run(const Call& call) {
+  char message[512] = "";
+  const kpdeploy_context context{on_torch_threads, nullptr, torch_threads(), nullptr, message, sizeof message};
+  if (call(&context) != KPDEPLOY_OK) throw std::runtime_error(message);
+}
+
+// A contiguous tensor of these sizes, of the dtype and device of `like`.
+Tensor empty(const Sizes& sizes, const Tensor& like) {
+  Sizes strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t dtype, device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device, index, &made));
+  return Tensor(made);
+}
+
+Tensor dense_like(const Tensor& like) {
+  if (!like.defined()) throw std::runtime_error("kpdeploy: the first tensor is missing");
+  const auto sizes = like.sizes();
+  return empty(Sizes(sizes.begin(), sizes.end()), like);
+}
+
+// x's sizes with the last one replaced by the rows of `weight`. Wrong ranks give sizes that the kernel refuses.
+Sizes linear_sizes(const Tensor& x, const Tensor& weight) {
+  Sizes sizes(x.sizes().begin(), x.sizes().end());
+  if (!sizes.empty() && weight.dim() > 0) sizes.back() = weight.size(0);
+  return sizes;
+}
+
+// The kernels want the last dim contiguous; a graph may bring a transposed view.
+template <class... Tensors>
+void make_dense(Tensors&... tensors) {
+  const auto one = [](Tensor& t) {
+    if (!t.defined()) return;
+    const int64_t last = t.dim() - 1;
+    if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1) t = torch::stable::contiguous(t);
+  };
+  (one(tensors), ...);
+}
+
+void make_dense(Optional& tensor) {
+  if (tensor) make_dense(*tensor);
+}
+
+Tensor attention(Tensor query, Tensor key, Tensor value, Optional lengths, int64_t heads, int64_t kv_heads,
+                 double scale, bool causal) {
+  make_dense(query, key, value);
+  Tensor out = dense_like(query);
+  const View q(query), k(key), v(value), o(out);
+  const OptionalView l(lengths);
+  run([&](const kpdeploy_context* c) {
+    return kpdeploy_attention(c, q, k, v, l, heads, kv_heads, scale, causal, o);
+  });
+  return out;
+}
+
+// oneDNN, as torch carries it: the C function that AOTInductor's artifacts call, declared here because its header is
+// not among the stable ones. Looked up when first used; a torch without oneDNN lacks it, and our own kernel runs.
+using OneDnnLinear = AOTITorchError(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
+                                    const char* attribute, const double** scalars, int64_t scalars_count,
+                                    const char** algorithm, AtenTensorHandle* out);
+
+OneDnnLinear* onednn() {
+  static auto* const linear = reinterpret_cast<OneDnnLinear*>(dlsym(RTLD_DEFAULT, "aoti_torch_cpu__linear_pointwise"));
+  return linear;
+}
+
+bool many_rows(const Tensor& x) {
+  const int64_t k = x.size(-1);
+  return k > 0 && x.numel() / k > kFewRows;
+}
+
+Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Optional& bias, int activation) {
+  static const char* const kNames[] = {"none", "relu", "gelu", "gelu", "swish"};
+  const char* algorithm = activation == KPDEPLOY_GELU_TANH ? "tanh" : "none";
+  AtenTensorHandle bias_handle = bias ? bias->get() : nullptr, out;
+  STABLE_TORCH_ERROR_CODE_CHECK(onednn()(x.get(), weight.get(), bias ? &bias_handle : nullptr, kNames[activation],
+                                         nullptr, 0, &algorithm, &out));
+  return Tensor(out);
+}
+
+Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle activation) {
+  const char* name = "";
+  torch_string_c_str(activation, &name);
+  const int kind = kpdeploy_activation_of(name);
+  torch_delete_string(activation);
+
+  make_dense(x, weight);
+  make_dense(bias);
+  const View a(x), w(weight);
+  const OptionalView b(bias);
+  run([&](const kpdeploy_context* c) { return kpdeploy_check_linear_activation(c, a, w, b, kind); });
+  if (onednn() && many_rows(x) && weight.numel() > 0) return onednn_linear(x, weight, bias, kind);
+  Tensor out = empty(linear_sizes(x, weight), x);
+  const View o(out);
+  run([&](const kpdeploy_context* c) { return kpdeploy_linear_activation(c, a, w, b, kind, o); });
+  return out;
+}
+
+Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
+  make_dense(x, gate_weight, up_weight);
+  const View a(x), g(gate_weight), u(up_weight);
+  run([&](const kpdeploy_context* c) { return kpdeploy_check_gated_linear(c, a, g, u); });
+  if (onednn() && many_rows(x) && up_weight.numel() > 0) {
+    const Tensor gate = onednn_linear(x, gate_weight, std::nullopt, KPDEPLOY_NONE);
+    const Tensor up = onednn_linear(x, up_weight, std::nullopt, KPDEPLOY_NONE);
+    const View gv(gate), uv(up);
+    run([&](const kpdeploy_context* c) { return kpdeploy_gate(c, gv, uv, uv); });
+    return up;
+  }
+  Tensor out = empty(linear_sizes(x, up_weight), x);
+  const View o(out);
+  run([&](const kpdeploy_context* c) { return kpdeploy_gated_linear(c, a, g, u, o); });
+  return out;
+}
+
+Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
+  make_dense(x, weight);
+  make_dense(bias);
+  Tensor out = dense_like(x);
+  const View a(x), w(weight), o(out);
+  const OptionalView b(bias);
+  run([&](const kpdeploy_context* c) { return kpdeploy_layer_norm(c, a, w, b, eps, o); });
+  return out;
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps) {
+  make_dense(x, weight);
+  Tensor out = dense_like(x);
+  const View a(x), w(weight), o(out);
+  run([&](const kpdeploy_context* c) { return kpdeploy_rms_norm(c, a, w, eps, o); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weight, Optional bias, double eps) {
+  make_dense(x, residual, weight);
+  make_dense(bias);
+  Tensor normalized = dense_like(x), sum = dense_like(x);
+  const View a(x), r(residual), w(weight), n(normalized), s(sum);
+  const OptionalView b(bias);
+  run([&](const kpdeploy_context* c) { return kpdeploy_add_layer_norm(c, a, r, w, b, eps, n, s); });
+  return {normalized, sum};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps) {
+  make_dense(x, residual, weight);
+  Tensor normalized = dense_like(x), sum = dense_like(x);
+  const View a(x), r(residual), w(weight), n(normalized), s(sum);
+  run([&](const kpdeploy_context* c) { return kpdeploy_add_rms_norm(c, a, r, w, eps, n, s); });
+  return {normalized, sum};
+}
+
+struct Op {
+  const char* name;
+  const char* schema;
+  void (*boxed)(StableIValue*, uint64_t, uint64_t);
+};
+
+// The schemas are those of kpdeploy/ops/*.py; a test compares them.
+const Op kOps[] = {
+    {"attention",
+     "attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads, float scale, "
+     "bool causal) -> Tensor",
+     TORCH_BOX(&attention)},
+    {"linear_activation", "linear_activation(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+     TORCH_BOX(&linear_activation)},
+    {"gated_linear", "gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) -> Tensor",
+     TORCH_BOX(&gated_linear)},
+    {"layer_norm", "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", TORCH_BOX(&layer_norm)},
+    {"rms_norm", "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", TORCH_BOX(&rms_norm)},
+    {"add_layer_norm",
+     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> "
+     "(Tensor normalized, Tensor sum)",
+     TORCH_BOX(&add_layer_norm)},
+    {"add_rms_norm",
+     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normalized, Tensor sum)",
+     TORCH_BOX(&add_rms_norm)},
+};
+
+// Whether another copy of this library, from another path, has registered the ops in this process.
+int is_other_copy(dl_phdr_info* info, size_t, void*) {
+  const char* base = std::strrchr(info->dlpi_name, '/');
+  if (!base || std::strncmp(base + 1, "libkpdeploy_torch", 17)) return 0;
+  void* handle = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+  if (!handle) return 0;
+  const auto* flag = static_cast<const int*>(dlsym(handle, "kpdeploy_torch_registered"));
+  const int found = flag && flag != &kpdeploy_torch_registered && *flag;
+  dlclose(handle);
+  return found;
+}
+
+// A failed call leaves a line of torch's on stderr; what is here says what it means.
+bool registered() {
+  TorchLibraryHandle definitions, kernels;
+  if (aoti_torch_library_init_fragment("kpdeploy", "kpdeploy", __LINE__, &definitions) != AOTI_TORCH_SUCCESS)
+    return false;
+  for (const Op& op : kOps)
+    if (aoti_torch_library_def(definitions, op.schema) != AOTI_TORCH_SUCCESS) return false;
+  if (aoti_torch_library_init_impl("kpdeploy", "CPU", "kpdeploy", __LINE__, &kernels) != AOTI_TORCH_SUCCESS)
+    return false;
+  for (const Op& op : kOps)
+    if (torch_library_impl(kernels, op.name, op.boxed, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) return false;
+  return true;  // the two handles live as long as the process
+}
+
+__attribute__((constructor)) void register_ops() {
+  if (dl_iterate_phdr(is_other_copy, nullptr)) return;
+  if (registered())
+    kpdeploy_torch_registered = 1;
+  else
+    std::fputs("kpdeploy: this process already holds ops named kpdeploy::*; libkpdeploy_torch.so adds none\n", stderr);
+}
+
+}  // namespace

@@ -1,0 +1,28 @@
+"""The fused ops: one file an op, one row in OPS, one name everywhere.
+
+kpdeploy/ops/<name>.py   schema, float64 reference, fake kernel
+csrc/core/               its kernels, behind the C ABI
+torch.ops.kpdeploy.<name>, com.kpdeploy:<Name> in ONNX, kpdeploy._core.<name> on NumPy arrays
+
+`register()` makes them callable in torch: from libkpdeploy_torch.so where it is, else as their references, so that
+torch.export works on any machine. Importing this costs nothing; torch is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from kpdeploy.ops.add_layer_norm import ADD_LAYER_NORM
+from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
+from kpdeploy.ops.attention import ATTENTION
+from kpdeploy.ops.gated_linear import GATED_LINEAR
+from kpdeploy.ops.layer_norm import LAYER_NORM
+from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
+from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
+from kpdeploy.ops.registration import register
+from kpdeploy.ops.rms_norm import RMS_NORM
+
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (ATTENTION, LINEAR_ACTIVATION, GATED_LINEAR, LAYER_NORM, RMS_NORM, ADD_LAYER_NORM, ADD_RMS_NORM)
+}
+
+__all__ = ["NAMESPACE", "ONNX_DOMAIN", "OPS", "Op", "register"]

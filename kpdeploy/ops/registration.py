@@ -1,0 +1,57 @@
+"""Registration of the ops in torch."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from kpdeploy.decision import Applied, Skipped
+from kpdeploy.ops.op import NAMESPACE, Op
+
+if TYPE_CHECKING:
+    import torch
+
+_held: list[torch.library.Library] = []  # a Library takes its registrations with it when it is collected
+
+
+@functools.cache
+def register() -> Applied | Skipped:
+    """Make torch.ops.kpdeploy.* callable, with the fake kernels that torch.export needs.
+
+    Returns Applied where the kernels run, Skipped where the float64 references stand in for them. Both give the same
+    answers; the references are slow. Ops that this process holds already, from a bundle's library, stay as they are.
+    """
+    import torch
+
+    from kpdeploy.ops import OPS
+    from kpdeploy.ops.libraries import load_torch
+
+    if all(_known(op) for op in OPS.values()):
+        decision: Applied | Skipped = Applied(what="kernels", detail="a library in this process holds them already")
+    else:
+        decision = load_torch()
+    if not all(_known(op) for op in OPS.values()):
+        if isinstance(decision, Applied):
+            decision = Skipped(what=decision.what, reason=f"{decision.detail} did not register its ops")
+        _register_references(list(OPS.values()))
+    for op in OPS.values():
+        torch.library.register_fake(op.qualified, op.fake)
+    return decision
+
+
+def _known(op: Op) -> bool:
+    import torch
+
+    return hasattr(getattr(torch.ops, NAMESPACE), op.name)
+
+
+def _register_references(ops: list[Op]) -> None:
+    import torch
+
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    _held.append(library)
+    for op in ops:
+        if not _known(op):
+            library.define(op.schema)  # type: ignore[no-untyped-call]
+            # Explicit: an implicit one would be taken apart by torch.export, and the op lost.
+            library.impl(op.name, op.reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]

@@ -1,0 +1,187 @@
+"""The ops through torch: eager, opcheck, torch.export, AOTInductor, in a process without this package, and absent."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import ALL, Case, error, to_dtype
+
+from kpdeploy.ops import OPS
+
+pytestmark = pytest.mark.usefixtures("registered")
+
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+LOST_DIGITS = {"far from 0": 5, "far from 0, no bias": 5, "large scores": 20}
+
+
+def op_of(name: str) -> Any:
+    return getattr(torch.ops.kpdeploy, name).default
+
+
+def tuple_of(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case[0]}: {case[1]}")
+def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype) -> None:
+    name, what, arguments = case
+    arguments = to_dtype(arguments, dtype)
+    outs = tuple_of(op_of(name)(*arguments))
+    refs = tuple_of(OPS[name].reference(*to_dtype(arguments, torch.float64)))
+    for out, ref in zip(outs, refs, strict=True):
+        assert out.dtype == dtype
+        assert out.shape == ref.shape
+        assert error(out, ref) <= TOLERANCES[dtype] * LOST_DIGITS.get(what, 1)
+
+
+def one_of(name: str) -> tuple[Any, ...]:
+    """An ordinary call of an op."""
+    return max((case for case in ALL if case[0] == name), key=lambda case: case[2][0].numel() < 3000)[2]
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(op_of(name), one_of(name))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_library_has_the_schema_of_the_table(name: str) -> None:
+    assert str(op_of(name)._schema) == f"kpdeploy::{OPS[name].schema}"
+
+
+def test_a_last_dim_that_is_not_contiguous_is_copied() -> None:
+    x, w = torch.randn(8, 40).t(), torch.randn(8)
+    assert error(op_of("rms_norm")(x, w, 1e-6), OPS["rms_norm"].reference(x.double(), w.double(), 1e-6)) < 1e-6
+
+
+class Block(torch.nn.Module):
+    """All ops in a row, with shapes that depend on the batch and the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        for name, shape in {"w": (64, 64), "up": (96, 64), "gate": (96, 64), "down": (64, 96)}.items():
+            self.register_buffer(name, torch.randn(shape) / 8)
+        self.register_buffer("ones", torch.ones(64))
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.kpdeploy
+        h = ops.layer_norm(x, self.ones, None, 1e-5)
+        a = ops.attention(h, h, h, lengths, 2, 2, 0.18, True)
+        a, s = ops.add_rms_norm(ops.linear_activation(a, self.w, self.ones, "gelu"), x, self.ones, 1e-6)
+        m = ops.linear_activation(ops.gated_linear(a, self.gate, self.up), self.down, None, "none")
+        n, s = ops.add_layer_norm(m, s, self.ones, self.ones, 1e-5)
+        return ops.rms_norm(n + s, self.ones, 1e-5)
+
+
+def exported() -> torch.export.ExportedProgram:
+    dims = {"x": {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("seq", min=1, max=512)}}
+    example = (torch.randn(3, 9, 64), torch.tensor([9, 2, 5]))
+    return torch.export.export(Block(), example, dynamic_shapes=({0: dims["x"][0], 1: dims["x"][1]}, {0: dims["x"][0]}))
+
+
+def test_export_keeps_every_op_and_the_dynamic_shapes() -> None:
+    program = exported()
+    found = [str(node.target).split(".")[1] for node in program.graph.nodes if "kpdeploy." in str(node.target)]
+    assert sorted(found) == sorted([*OPS, "linear_activation"])
+    for batch, length in ((1, 1), (5, 17)):
+        inputs = (torch.randn(batch, length, 64), torch.full((batch,), length))
+        assert torch.equal(program.module()(*inputs), Block()(*inputs))
+
+
+SCRIPT = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+if sys.argv[2].endswith(".pt2") and "aoti" in sys.argv[2]:
+    model = torch._inductor.aoti_load_package(sys.argv[2])
+else:
+    model = torch.export.load(sys.argv[2]).module()
+x, lengths, wanted = torch.load(sys.argv[3])
+out = model(x, lengths)
+assert torch.allclose(out, wanted, rtol=1e-4, atol=1e-5), (out - wanted).abs().max()
+assert "kpdeploy" not in sys.modules
+print("ran")
+"""
+
+
+def run_elsewhere(artifact: Path, library: str, folder: Path) -> str:
+    """What a process that has the library and not this package says."""
+    x, lengths = torch.randn(4, 21, 64), torch.tensor([21, 1, 20, 7])
+    torch.save((x, lengths, Block()(x, lengths)), folder / "case.pt")
+    command = [sys.executable, "-c", SCRIPT, library, str(artifact), str(folder / "case.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env={"PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_saved_program_runs_with_the_library_alone(tmp_path: Path, torch_library: str) -> None:
+    torch.export.save(exported(), tmp_path / "model.pt2")
+    assert run_elsewhere(tmp_path / "model.pt2", torch_library, tmp_path) == "ran\n"
+
+
+def test_aotinductor_runs_with_the_library_alone(tmp_path: Path, torch_library: str) -> None:
+    torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "aoti.pt2"))
+    assert run_elsewhere(tmp_path / "aoti.pt2", torch_library, tmp_path) == "ran\n"
+
+
+def test_two_copies_in_one_process_do_not_end_it(tmp_path: Path, torch_library: str) -> None:
+    other = shutil.copy(torch_library, tmp_path)
+    script = (
+        "import sys, torch\n"
+        "for path in sys.argv[1:]: torch.ops.load_library(path)\n"
+        "print(torch.ops.kpdeploy.rms_norm(torch.ones(2, 8), torch.ones(8), 0.0).sum().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", script, torch_library, other], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "16.0\n", "")
+
+
+def test_without_the_library_the_references_stand_in() -> None:
+    script = (
+        "import pathlib, torch\n"
+        "from kpdeploy.ops import libraries, register\n"
+        "libraries.FOLDER = pathlib.Path('/nowhere/lib')\n"
+        "decision = register()\n"
+        "x = torch.randn(2, 8)\n"
+        "class M(torch.nn.Module):\n"
+        "    def forward(self, x): return torch.ops.kpdeploy.rms_norm(x, torch.ones(8), 0.0)\n"
+        "program = torch.export.export(M(), (x,))\n"
+        "assert 'kpdeploy.rms_norm' in str(program.graph), program.graph\n"
+        "assert torch.allclose(M()(x), torch.nn.functional.rms_norm(x, (8,), eps=0.0))\n"
+        "print(type(decision).__name__, decision.reason)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Skipped this installation holds no lib/libkpdeploy_torch.so")
+
+
+X, W = torch.ones(4, 8), torch.ones(6, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("linear_activation", (X, W[:, :5], None, "gelu"), "weight is [6, 5], which does not fit x [4, 8]"),
+        ("linear_activation", (X, W, X[0], "gelu"), "bias is [8]; [6] fits"),
+        ("linear_activation", (X, W, None, "tanh"), "activation is none of"),
+        ("linear_activation", (X, W.double(), None, "gelu"), "weight is another dtype"),
+        ("linear_activation", (X, W.bfloat16(), None, "gelu"), "weight is bfloat16, and x is float32"),
+        ("linear_activation", (torch.tensor(1.0), W, None, "gelu"), "x has 0 dims"),
+        ("gated_linear", (X, W, W[:3]), "gate_weight is [6, 8], and up_weight is [3, 8]"),
+        ("rms_norm", (X.half(), X[0].half(), 1e-5), "x is float16; the CPU kernels take float32 and bfloat16"),
+        ("rms_norm", (X, None, 1e-5), "weight"),
+        ("add_layer_norm", (X, X[:1], X[0], None, 1e-5), "residual is [1, 8], and x is [4, 8]"),
+        ("attention", (X, X, X, None, 2, 2, 1.0, False), "query has 2 dims, not at least 3"),
+        ("attention", (X[None], X[None], X[None], torch.tensor([5]), 2, 2, 1.0, False), "lengths[0] is 5, with 4"),
+    ],
+)
+def test_wrong_use_is_one_clear_error(name: str, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        op_of(name)(*arguments)
+    assert message in str(raised.value)
