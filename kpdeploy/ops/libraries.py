@@ -29,7 +29,7 @@ def load_torch() -> Applied | Skipped:
     if isinstance(path, Skipped):
         return path
     try:
-        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        torch.ops.load_library(path)
     except OSError as error:
         least = "it needs torch 2.10 or later"
         return Skipped(what=TORCH, reason=f"torch {torch.__version__} does not load it ({least}): {error}")

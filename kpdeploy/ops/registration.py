@@ -48,10 +48,10 @@ def _known(op: Op) -> bool:
 def _register_references(ops: list[Op]) -> None:
     import torch
 
-    library = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
     _held.append(library)
     for op in ops:
         if not _known(op):
-            library.define(op.schema)  # type: ignore[no-untyped-call]
+            library.define(op.schema)
             # Explicit: an implicit one would be taken apart by torch.export, and the op lost.
-            library.impl(op.name, op.reference, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+            library.impl(op.name, op.reference, "CompositeExplicitAutograd")

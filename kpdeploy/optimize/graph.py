@@ -1,0 +1,132 @@
+"""Looking at an exported graph and changing it: the few words in which the fusions are written."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A place where a fusion applies: `apply` rewrites the graph there."""
+
+    node: Node
+    apply: Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A place that looks like the fusion's pattern and is not, for `reason`."""
+
+    node: Node
+    reason: str
+
+
+Finding = Match | Refusal
+
+
+def calls(graph: torch.fx.Graph, *targets: Any) -> Iterator[Node]:
+    """The nodes that call one of the operators, in order. The graph may change while they are walked."""
+    for node in list(graph.nodes):
+        if is_call(node, *targets):
+            yield node
+
+
+def is_call(value: Any, *targets: Any) -> bool:
+    return isinstance(value, Node) and value.op == "call_function" and value.target in targets
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """The shape of a node's tensor: ints, and SymInts for dynamic axes."""
+    return tuple(node.meta["val"].shape)
+
+
+def same_shape(a: Node, b: Node) -> bool:
+    one, two = shape(a), shape(b)
+    return len(one) == len(two) and all(statically_known_true(m == n) for m, n in zip(one, two, strict=True))
+
+
+def same_size(a: Any, b: Any) -> bool:
+    return statically_known_true(a == b)
+
+
+def dtype(node: Node) -> torch.dtype:
+    found: torch.dtype = node.meta["val"].dtype
+    return found
+
+
+def used_once(node: Node) -> bool:
+    return len(node.users) == 1
+
+
+def argument(node: Any, name: str, default: Any = None) -> Any:
+    """An argument of an operator call by its name in the schema, however it was passed."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for index, declared in enumerate(node.target._schema.arguments):
+        if declared.name == name:
+            if index < len(node.args):
+                return node.args[index]
+            return declared.default_value if default is None else default
+    return default
+
+
+def insert(before: Node, target: Any, args: tuple[Any, ...], like: Node | None = None) -> Node:
+    """A new call before a node; `like` is the node whose tensor it takes the place of."""
+    graph = before.graph
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    if like is not None:
+        node.meta["val"] = like.meta["val"]
+    return node
+
+
+def take(before: Node, pair: Node, index: int, like: Node) -> Node:
+    """One of the results of an operator that gives several."""
+    return insert(before, operator.getitem, (pair, index), like)
+
+
+def sweep(module: GraphModule) -> None:
+    """Remove what nothing uses, and make the module's code anew."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+
+
+def drop_identities(module: GraphModule) -> None:
+    """Take out calls that give their input back: dropout in evaluation, casts to the same dtype, views to the same
+    shape, and assertions of what the capture has settled."""
+    for node in list(module.graph.nodes):
+        if (node.op == "call_module" and node.target == "_guards_fn") or is_call(
+            node, aten._assert_tensor_metadata.default
+        ):
+            module.graph.erase_node(node)
+        elif _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+
+
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten.expand.default)
+
+
+def _is_identity(node: Any) -> bool:
+    if is_call(node, aten.dropout.default):
+        return not node.args[2]
+    if is_call(node, aten.alias.default):
+        return True
+    if is_call(node, *_CASTS):
+        source = node.args[0]
+        return isinstance(source, Node) and dtype(source) == dtype(node)
+    if is_call(node, *_VIEWS):
+        source = node.args[0]
+        return isinstance(source, Node) and same_shape(source, node)
+    return False

@@ -1,0 +1,142 @@
+"""What is fused in real architectures, small and with random weights: exact counts, and why the rest was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from kpdeploy.compare import relative_error
+from kpdeploy.decision import Skipped
+from kpdeploy.export.capture import settle_axes
+from kpdeploy.inputs import proof_points, sample
+from kpdeploy.load import Request
+from kpdeploy.load.describe import model_from_module
+from kpdeploy.load.flat import Flat
+from kpdeploy.load.huggingface import describe_transformer
+from kpdeploy.model import Model
+from kpdeploy.optimize import Fused, fuse
+from kpdeploy.signature import parse_inputs
+
+TEXT = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
+DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT = {"vocab_size": 99, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 2, "bos_token_id": 1}
+DISTILBERT = {"vocab_size": 99, "dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 96, "max_position_embeddings": 64}
+VISION = {k: TEXT[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+VISION |= {"image_size": 32, "patch_size": 8}
+SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 64, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}
+WHISPER = {"vocab_size": 99, "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 96}
+WHISPER |= {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 96, "max_source_positions": 50}
+WHISPER |= {"num_mel_bins": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+T5 = {"vocab_size": 99, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
+
+
+def model(config: str, small: Mapping[str, Any], kind: str = "AutoModel") -> Model:
+    torch.manual_seed(0)
+    made = getattr(transformers, config)(**small)
+    kind_class = getattr(transformers, kind)
+    module = (kind_class.from_config(made) if kind == "AutoModel" else kind_class(made)).eval()
+    for parameter in module.parameters():
+        if not parameter.detach().any():  # biases start at zero, and would prove nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    described = describe_transformer(module, made, Request(max_batch=4), name="small", source={})
+    return settle_axes(described, stated=False)
+
+
+def answers_alike(before: Model, fused: Fused) -> None:
+    """The fused module gives the model's answers, captured again with the same axes."""
+    again = settle_axes(replace(before, module=Flat(fused.module, None), program=None), stated=False)
+    assert again.signature == before.signature
+    assert again.program is not None
+    assert before.module is not None
+    run, rng = again.program.module(check_guards=False), np.random.default_rng(0)
+    for point in proof_points(before.signature, rng)[:4]:
+        tensors = [torch.from_numpy(a) for a in sample(before.signature, point, rng).values()]
+        with torch.no_grad():
+            for ours, theirs in zip(run(*tensors), before.module(*tensors), strict=True):
+                assert relative_error(ours.numpy(), theirs.numpy()) <= 1e-5, point
+
+
+COUNTS: list[tuple[str, Mapping[str, Any], str, dict[str, int]]] = [
+    ("BertConfig", TEXT, "AutoModel", {"linear_activation": 2, "attention": 2, "add_layer_norm": 4}),
+    # Its positions depend on the tokens: the sum of the embeddings is no broadcast.
+    ("RobertaConfig", TEXT, "AutoModel", {"linear_activation": 2, "attention": 2, "add_layer_norm": 5}),
+    ("DistilBertConfig", DISTILBERT, "AutoModel", {"linear_activation": 2, "attention": 2, "add_layer_norm": 4}),
+    ("GPT2Config", GPT, "AutoModel", {"linear_activation": 2, "attention": 2, "add_layer_norm": 4}),
+    ("LlamaConfig", DECODER, "AutoModel", {"gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4}),
+    ("Qwen2Config", DECODER, "AutoModel", {"gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4}),
+    (
+        "GemmaConfig",
+        DECODER,
+        "AutoModel",
+        {"linear_activation": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4},
+    ),
+    ("T5Config", T5, "AutoModel", {"linear_activation": 2, "rms_norm": 1, "add_rms_norm": 4}),
+    ("ViTConfig", VISION, "AutoModel", {"linear_activation": 2, "attention": 2, "add_layer_norm": 4}),
+    ("SwinConfig", SWIN, "AutoModel", {"linear_activation": 2, "add_layer_norm": 3}),
+    ("WhisperConfig", WHISPER, "AutoModel", {"linear_activation": 2, "attention": 2, "add_layer_norm": 4}),
+    ("CLIPTextConfig", TEXT, "CLIPTextModel", {"attention": 2, "add_layer_norm": 4}),
+    ("CLIPVisionConfig", VISION, "CLIPVisionModel", {"attention": 2, "add_layer_norm": 3}),
+]
+
+
+REFUSED = {
+    "BertConfig": {"1 add_layer_norm": "the residual is broadcast"},
+    "T5Config": {"2 attention": "it adds a bias that is no mask, such as relative positions"},
+    "SwinConfig": {"2 attention": "it adds a bias that is no mask, such as relative positions"},
+    "WhisperConfig": {
+        "2 linear_activation": "gelu follows aten.conv1d.default, not a linear",
+        "1 add_layer_norm": "the residual is broadcast",
+    },
+}
+
+
+@pytest.mark.parametrize(("config", "small", "kind", "counts"), COUNTS, ids=[row[0] for row in COUNTS])
+def test_real_architectures_fuse_exactly_this_and_give_the_same_answers(
+    config: str, small: Mapping[str, Any], kind: str, counts: dict[str, int]
+) -> None:
+    before = model(config, small, kind)
+    fused = fuse(before)
+    assert fused.counts == counts
+    if config in REFUSED:
+        assert {d.what: d.reason for d in fused.decisions if isinstance(d, Skipped)} == REFUSED[config]
+    answers_alike(before, fused)
+
+
+class Tricky(torch.nn.Module):
+    """Places that look like a fusion and are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        shared = self.linear(x)
+        scaled = torch.add(x, shared, alpha=2)
+        return {"gelu": torch.nn.functional.gelu(shared), "shared": shared, "norm": self.norm(scaled)}
+
+
+def test_a_shared_linear_and_a_scaled_residual_are_left_alone_with_the_reason() -> None:
+    signature = parse_inputs(["x:float32[batch=1..4,8]"])
+    described = model_from_module(Tricky(), signature, name="tricky", source={}, keywords=True)
+    before = settle_axes(described, stated=False)
+    fused = fuse(before)
+    assert fused.counts == {}
+    assert {(d.what, d.reason) for d in fused.decisions if isinstance(d, Skipped)} == {
+        ("1 linear_activation", "the linear's result is used elsewhere too"),
+        ("1 add_layer_norm", "the residual is scaled"),
+    }
+    answers_alike(before, fused)
