@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+# setuptools must come before anyone's distutils, which it replaces; torch imports it when AOTInductor first compiles.
+import setuptools  # noqa: F401
 from hypothesis import settings
 
 # Nothing is fetched from a model hub, whatever a test loads.
