@@ -100,7 +100,8 @@ def sample(root: psutil.Process, seen: dict[int, Usage]) -> int:
         for process in (root, *root.children(recursive=True)):
             with contextlib.suppress(psutil.NoSuchProcess):
                 total += process.memory_info().rss
-                usage = seen.setdefault(process.pid, Usage(command=" ".join(Path(word).name for word in process.cmdline()[:6])))
+                command = " ".join(Path(word).name for word in process.cmdline()[:6])
+                usage = seen.setdefault(process.pid, Usage(command=command))
                 usage.peak_bytes = max(usage.peak_bytes, high_water(process.pid))
     return total
 
