@@ -59,10 +59,13 @@ int32_t machine_threads() {
 // What a kernel sees of one run: inputs (null where an optional one is absent), outputs, the session's threads.
 class Run {
  public:
-  explicit Run(OrtKernelContext* context) : raw_(context), context_(context) {
+  // `kinds` as in kInputs below. An empty optional tensor counts as absent: a function body of ONNX, which stands in for
+  // an op where this library is not, cannot ask whether an input was left out.
+  Run(OrtKernelContext* context, const char* kinds) : raw_(context), context_(context) {
     for (size_t i = 0; i < context_.GetInputCount(); ++i) {
       const Ort::ConstValue value = context_.GetInput(i);
       inputs_.push_back(value == nullptr ? nullptr : view_of(value));
+      if (inputs_[i] && kinds[i] != 'T' && inputs_[i]->sizes == std::vector<int64_t>{0}) inputs_[i] = nullptr;
     }
   }
 
@@ -270,7 +273,7 @@ struct Computing : Kernel {
   using Kernel::Kernel;
   OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
     return status_of([&] {
-      Run run(context);
+      Run run(context, Kernel::kInputs);
       Kernel::compute(run);
     });
   }
