@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpdeploy.errors import ExportFailed
+from kpdeploy.export import custom_ops
 
 if TYPE_CHECKING:
     from kpdeploy.export.capture import Capture
-
-OPSET = 20
-"""The newest opset that ONNX Runtime 1.17 and later load: Gelu is an operator in it."""
 
 INLINE_BYTES = 16_000_000
 """Larger weights go to a file beside the graph: a protobuf holds 2 GB at most, costs several copies of its contents
@@ -36,8 +34,15 @@ def export(capture: Capture, folder: Path) -> None:
         with quiet():
             import torch
 
-            program = torch.onnx.export(capture.widened, dynamo=True, opset_version=OPSET, verbose=False)
+            program = torch.onnx.export(
+                capture.widened,
+                dynamo=True,
+                opset_version=custom_ops.OPSET,
+                custom_translation_table=dict(custom_ops.translations()),
+                verbose=False,
+            )
         assert program is not None
+        custom_ops.define(program.model)
         _attend_nothing_where_all_is_masked(program.model.graph)
         _name_tensors(program.model, capture)
         _forget_sources(program.model.graph)

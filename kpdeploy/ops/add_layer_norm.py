@@ -21,6 +21,21 @@ def fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: 
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+ONNX_BODY = """
+AddLayerNorm <eps> (x, residual, weight, bias) => (normalized, sum) {
+    zero = Constant <value_float = 0.0> ()
+    zero_like = CastLike (zero, weight)
+    width = Shape <start = 0, end = 1> (weight)
+    zeros = Expand (zero_like, width)
+    padded = Concat <axis = 0> (bias, zeros)
+    first = Constant <value_ints = [0]> ()
+    shift = Slice (padded, first, width)
+    sum = Add (x, residual)
+    normalized = LayerNormalization <axis = -1, epsilon: float = @eps> (sum, weight, shift)
+}
+"""
+
+
 ADD_LAYER_NORM = Op(
     name="add_layer_norm",
     schema="add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> "
@@ -28,4 +43,5 @@ ADD_LAYER_NORM = Op(
     onnx="AddLayerNorm",
     reference=reference,
     fake=fake,
+    onnx_body=ONNX_BODY,
 )

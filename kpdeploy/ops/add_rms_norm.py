@@ -21,10 +21,27 @@ def fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tenso
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+ONNX_BODY = """
+AddRmsNorm <eps> (x, residual, weight) => (normalized, sum) {
+    sum = Add (x, residual)
+    squares = Mul (sum, sum)
+    last = Constant <value_ints = [-1]> ()
+    mean = ReduceMean (squares, last)
+    eps = Constant <value_float: float = @eps> ()
+    eps_like = CastLike (eps, sum)
+    shifted = Add (mean, eps_like)
+    deviation = Sqrt (shifted)
+    ratio = Div (sum, deviation)
+    normalized = Mul (ratio, weight)
+}
+"""
+
+
 ADD_RMS_NORM = Op(
     name="add_rms_norm",
     schema="add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normalized, Tensor sum)",
     onnx="AddRmsNorm",
     reference=reference,
     fake=fake,
+    onnx_body=ONNX_BODY,
 )

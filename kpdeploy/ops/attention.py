@@ -60,6 +60,72 @@ def fake(
     return query.new_empty(query.shape)
 
 
+ONNX_BODY = """
+Attention <heads, kv_heads, scale, causal> (query, key, value, lengths) => (out) {
+    one = Constant <value_int = 1> ()
+    zero = Constant <value_int = 0> ()
+    first = Constant <value_ints = [0]> ()
+    last = Constant <value_ints = [-1]> ()
+    heads = Constant <value_int: int = @heads> ()
+    kv_heads = Constant <value_int: int = @kv_heads> ()
+    group = Div (heads, kv_heads)
+    kv_heads_1 = Reshape (kv_heads, last)
+    group_1 = Reshape (group, last)
+    batch = Shape <start = 0, end = 1> (query)
+    queries_1 = Shape <start = 1, end = 2> (query)
+    keys_1 = Shape <start = 1, end = 2> (key)
+    queries = Squeeze (queries_1, first)
+    keys = Squeeze (keys_1, first)
+
+    grouped = Concat <axis = 0> (batch, queries_1, kv_heads_1, group_1, last)
+    split = Concat <axis = 0> (batch, keys_1, kv_heads_1, last)
+    query_rows = Reshape (query, grouped)
+    key_rows = Reshape (key, split)
+    value_rows = Reshape (value, split)
+    query_heads = Transpose <perm = [0, 2, 3, 1, 4]> (query_rows)
+    key_heads = Transpose <perm = [0, 2, 3, 1]> (key_rows)
+    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_rows)
+    two = Constant <value_ints = [2]> ()
+    key_columns = Unsqueeze (key_heads, two)
+    value_columns = Unsqueeze (value_heads, two)
+
+    row = Range (zero, queries, one)
+    column = Range (zero, keys, one)
+    row_1 = Unsqueeze (row, last)
+    behind = Sub (keys, queries)
+    newest = Add (row_1, behind)
+    seen_causally = LessOrEqual (column, newest)
+    causal = Constant <value_int: int = @causal> ()
+    not_causal = Equal (causal, zero)
+    seen = Or (seen_causally, not_causal)
+    all_keys = Expand (keys, batch)
+    padded = Concat <axis = 0> (lengths, all_keys)
+    bounds = Slice (padded, first, batch)
+    inner = Constant <value_ints = [1, 2, 3, 4]> ()
+    bound = Unsqueeze (bounds, inner)
+    counted = Less (column, bound)
+    visible = And (seen, counted)
+
+    scale = Constant <value_float: float = @scale> ()
+    scale_like = CastLike (scale, query)
+    lowest = Constant <value_float = -3.3e38> ()
+    lowest_like = CastLike (lowest, query)
+    nothing = Constant <value_float = 0.0> ()
+    nothing_like = CastLike (nothing, query)
+    products = MatMul (query_heads, key_columns)
+    scores = Mul (products, scale_like)
+    masked = Where (visible, scores, lowest_like)
+    weights = Softmax <axis = -1> (masked)
+    kept = Where (visible, weights, nothing_like)
+    mixed = MatMul (kept, value_columns)
+    rows = Transpose <perm = [0, 3, 1, 2, 4]> (mixed)
+    whole = Shape (query)
+    out = Reshape (rows, whole)
+}
+"""
+"""Queries are [B, kv_heads, group, Sq, D], keys and values [B, kv_heads, 1, Sk, D]."""
+
+
 ATTENTION = Op(
     name="attention",
     schema="attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads, float scale, "
@@ -67,4 +133,5 @@ ATTENTION = Op(
     onnx="Attention",
     reference=reference,
     fake=fake,
+    onnx_body=ONNX_BODY,
 )

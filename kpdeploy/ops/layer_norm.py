@@ -22,10 +22,25 @@ def fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
+ONNX_BODY = """
+LayerNorm <eps> (x, weight, bias) => (out) {
+    zero = Constant <value_float = 0.0> ()
+    zero_like = CastLike (zero, weight)
+    width = Shape <start = 0, end = 1> (weight)
+    zeros = Expand (zero_like, width)
+    padded = Concat <axis = 0> (bias, zeros)
+    first = Constant <value_ints = [0]> ()
+    shift = Slice (padded, first, width)
+    out = LayerNormalization <axis = -1, epsilon: float = @eps> (x, weight, shift)
+}
+"""
+
+
 LAYER_NORM = Op(
     name="layer_norm",
     schema="layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
     onnx="LayerNorm",
     reference=reference,
     fake=fake,
+    onnx_body=ONNX_BODY,
 )

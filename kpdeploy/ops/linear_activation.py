@@ -38,10 +38,48 @@ def fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Ten
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+ONNX_BODY = """
+LinearActivation <activation> (x, weight, bias) => (out) {
+    columns = Transpose <perm = [1, 0]> (weight)
+    product = MatMul (x, columns)
+    zero = Constant <value_float = 0.0> ()
+    zero_like = CastLike (zero, weight)
+    width = Shape <start = 0, end = 1> (weight)
+    zeros = Expand (zero_like, width)
+    padded = Concat <axis = 0> (bias, zeros)
+    first = Constant <value_ints = [0]> ()
+    shift = Slice (padded, first, width)
+    sum = Add (product, shift)
+    chosen = Constant <value_string: string = @activation> ()
+    none = Constant <value_string = "none"> ()
+    relu = Constant <value_string = "relu"> ()
+    gelu = Constant <value_string = "gelu"> ()
+    gelu_tanh = Constant <value_string = "gelu_tanh"> ()
+    is_none = Equal (chosen, none)
+    is_relu = Equal (chosen, relu)
+    is_gelu = Equal (chosen, gelu)
+    is_gelu_tanh = Equal (chosen, gelu_tanh)
+    out = If (is_gelu) <then_branch = by_erf () => (a) { a = Gelu (sum) }, else_branch = not_gelu () => (b) {
+        b = If (is_relu) <then_branch = rectified () => (c) { c = Relu (sum) }, else_branch = not_relu () => (d) {
+            d = If (is_gelu_tanh) <then_branch = by_tanh () => (e) {
+                e = Gelu <approximate = "tanh"> (sum)
+            }, else_branch = not_tanh () => (f) {
+                f = If (is_none) <then_branch = linear () => (g) { g = Identity (sum) }, else_branch = silu () => (h) {
+                    sigmoid = Sigmoid (sum)
+                    h = Mul (sum, sigmoid)
+                }>
+            }>
+        }>
+    }>
+}
+"""
+
+
 LINEAR_ACTIVATION = Op(
     name="linear_activation",
     schema="linear_activation(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
     onnx="LinearActivation",
     reference=reference,
     fake=fake,
+    onnx_body=ONNX_BODY,
 )

@@ -19,7 +19,9 @@ class Op:
 
     `schema` is torch's, from the name on. `reference` is plain torch, works in float64 and returns the inputs' dtype.
     `fake` gives outputs of the right shape, dtype and strides without computing them. ONNX: inputs are the schema's
-    tensors in their order (an optional one may be empty), attributes its other arguments under the same names.
+    tensors in their order (an empty one stands for an optional one that is not given), attributes its other arguments
+    under the same names. `onnx_body` is the op in standard operators of opset 20, as ONNX text: the function that an
+    artifact carries, so that it runs where the library is not. Float16 and bfloat16 need a runtime that has them.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Op:
     onnx: str
     reference: Callable[..., Any]
     fake: Callable[..., Any]
+    onnx_body: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     libraries: tuple[str, ...] = ("libkpdeploy_torch.so", "libkpdeploy_onnx.so")
 

@@ -20,10 +20,26 @@ def fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
+ONNX_BODY = """
+RmsNorm <eps> (x, weight) => (out) {
+    squares = Mul (x, x)
+    last = Constant <value_ints = [-1]> ()
+    mean = ReduceMean (squares, last)
+    eps = Constant <value_float: float = @eps> ()
+    eps_like = CastLike (eps, x)
+    shifted = Add (mean, eps_like)
+    deviation = Sqrt (shifted)
+    ratio = Div (x, deviation)
+    out = Mul (ratio, weight)
+}
+"""
+
+
 RMS_NORM = Op(
     name="rms_norm",
     schema="rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     onnx="RmsNorm",
     reference=reference,
     fake=fake,
+    onnx_body=ONNX_BODY,
 )

@@ -1,0 +1,119 @@
+"""The fused ops in ONNX: their schemas, their translation by the exporter, and the functions that define them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kpdeploy.ops import NAMESPACE, ONNX_DOMAIN, OPS, Op
+
+OPSET = 20
+"""That of the functions, and of the models which carry them: the newest that ONNX Runtime 1.17 and later load. Gelu is
+an operator in it."""
+
+VERSION = 1
+"""Of the domain com.kpdeploy."""
+
+
+@functools.cache
+def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
+    """torch.onnx.export's custom_translation_table: each op becomes one node of its own."""
+    import torch
+
+    from kpdeploy.ops import register
+
+    register()
+    return {getattr(getattr(torch.ops, NAMESPACE), op.name).default: _translation(op) for op in OPS.values()}
+
+
+def define(model: Any) -> None:
+    """Give an onnx_ir.Model the functions of the ops that it uses, so that it runs where their library is not."""
+    import onnx_ir as ir
+    from onnx import parser
+
+    used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == ONNX_DOMAIN}
+    for op in OPS.values():
+        if op.onnx in used:
+            head = f'<domain: "{ONNX_DOMAIN}", opset_import: ["": {OPSET}]>'
+            function = ir.serde.deserialize_function(parser.parse_function(head + op.onnx_body))
+            model.functions[function.identifier()] = function
+    if used:
+        model.graph.opset_imports[ONNX_DOMAIN] = VERSION
+
+
+def _arguments(op: Op) -> list[Any]:
+    """The arguments of torch's schema: names, types, and which tensors are optional."""
+    import torch
+
+    return list(getattr(getattr(torch.ops, NAMESPACE), op.name).default._schema.arguments)
+
+
+def _is_tensor(argument: Any) -> bool:
+    return "Tensor" in str(argument.type)
+
+
+def schema(op: Op) -> Any:
+    """The op's onnx.defs.OpSchema. It is not registered with ONNX, whose reference evaluator refuses a name in two
+    domains (Attention)."""
+    import torch
+    from onnx import defs
+
+    kinds = {"int": "INT", "bool": "INT", "float": "FLOAT", "str": "STRING"}
+    required, parameter = defs.OpSchema.AttrType, defs.OpSchema.FormalParameter
+    inputs = [parameter(a.name, _type(a)) for a in _arguments(op) if _is_tensor(a)]
+    attributes = [
+        defs.OpSchema.Attribute(a.name, getattr(required, kinds[str(a.type)]), required=True)
+        for a in _arguments(op)
+        if not _is_tensor(a)
+    ]
+    results = getattr(getattr(torch.ops, NAMESPACE), op.name).default._schema.returns
+    outputs = [parameter(r.name or "out", "T") for r in results]
+    floats = ["tensor(float)", "tensor(bfloat16)", "tensor(float16)", "tensor(double)"]
+    return defs.OpSchema(
+        op.onnx,
+        ONNX_DOMAIN,
+        VERSION,
+        inputs=inputs,
+        outputs=outputs,
+        type_constraints=[("T", floats, "the op's dtype")],
+        attributes=attributes,
+    )
+
+
+def _type(argument: Any) -> str:
+    return "tensor(int64)" if argument.name == "lengths" else "T"
+
+
+def _translation(op: Op) -> Callable[..., Any]:
+    """A function of the schema's arguments that adds the op's node to the graph that is being exported."""
+    import numpy as np
+    import onnx_ir as ir
+    from onnxscript import opset20
+    from onnxscript.values import Op as Node
+    from onnxscript.values import Opset
+
+    declared = _arguments(op)
+    node = Node(Opset(ONNX_DOMAIN, VERSION), op.onnx, schema(op))
+
+    def translate(*given: Any, **named: Any) -> Any:
+        values = {**dict(zip((a.name for a in declared), given, strict=False)), **named}
+        tensors, attributes = [], {}
+        for argument in declared:
+            value = values[argument.name]
+            if not _is_tensor(argument):
+                attributes[argument.name] = int(value) if isinstance(value, bool) else value
+            elif value is None:
+                # A function's body cannot ask whether an input is there; it can cut an empty one.
+                dtype = ir.DataType.INT64 if argument.name == "lengths" else tensors[0].dtype
+                tensors.append(opset20.Constant(value=ir.tensor(np.empty(0, dtype.numpy()))))
+            else:
+                tensors.append(value)
+        return node(*tensors, **attributes)
+
+    translate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in declared]
+    )
+    translate.__name__ = op.name
+    return translate
