@@ -245,6 +245,27 @@ class LoadFailed(KpdeployError):
     exit_code = 63
 
 
+# 70-79: the kernels
+
+
+class ShapeMalformed(KpdeployError):
+    """A shape is not the sizes that the op has."""
+
+    exit_code = 70
+
+
+class KernelsMissing(KpdeployError):
+    """There is no kernel here that could be validated."""
+
+    exit_code = 71
+
+
+class KernelsDiffer(KpdeployError):
+    """A kernel does not give its reference's answers."""
+
+    exit_code = 72
+
+
 def exit_codes() -> list[tuple[int, str, str]]:
     """All exit codes as (code, name, meaning), in order."""
     kinds = sorted(KpdeployError.__subclasses__(), key=lambda kind: kind.exit_code)

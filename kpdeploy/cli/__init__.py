@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "Serve a model repository on this machine with a real Triton.",
     "verify": "Replay the golden requests against a running server.",
     "bench": "Measure latency and throughput of a running server under load.",
+    "ops": "List the fused ops and who runs them; explain a choice, validate the kernels.",
     "doctor": "Show what is on this machine, what is missing, and how to get it.",
     "exit-codes": "List what each exit code means.",
 }
@@ -29,7 +30,23 @@ First steps:
 """
 
 
-class LazyCommands(click.Group):
+class NearCommands(click.Group):
+    """A group that answers a mistyped command with the near one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        known = self.list_commands(ctx)
+        if args and args[0] not in known and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" See `{ctx.command_path} --help`."
+            raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class LazyCommands(NearCommands):
     """A group that knows its commands by name, and imports one only to run it or to show its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -45,17 +62,6 @@ class LazyCommands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
-            import difflib
-
-            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else " See `kpdeploy --help`."
-            raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 @click.group(cls=LazyCommands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
