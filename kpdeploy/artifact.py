@@ -17,6 +17,8 @@ MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 BASELINE = "baseline.json"
 SCHEMA = 1
+MOUNT = "/models"
+"""Where NVIDIA's examples mount a repository in their container."""
 
 
 def sha256(path: Path) -> str:
@@ -95,7 +97,11 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The contents of manifest.json: where a version comes from, what was tried, and the digest of every file."""
+    """The contents of manifest.json: where a version comes from, what was tried, and the digest of every file.
+
+    `mount`: where the repository will be for the server that reads config.pbtxt. `contract`: for each kernel library
+    among the files, what it needs, such as {"libkpdeploy_onnx.so": {"onnxruntime": "1.21", "glibc": "2.34"}}.
+    """
 
     model: str
     version: int
@@ -115,13 +121,15 @@ class Manifest:
     environment: Mapping[str, Any]
     created: str
     padded_axes: tuple[str, ...] = ()
+    mount: str = MOUNT
+    contract: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data["signature"] = self.signature.to_json()
         data["decisions"] = [{"kind": type(d).__name__.lower(), **asdict(d)} for d in self.decisions]
-        for name in ("settings", "files", "tolerances", "source", "environment"):
+        for name in ("settings", "files", "tolerances", "source", "environment", "contract"):
             data[name] = dict(data[name])
         return data
 
@@ -145,8 +153,10 @@ class Manifest:
                 )
             data["signature"] = Signature.from_json(data["signature"])
             data["decisions"] = tuple(_decision(d) for d in data["decisions"])
-            # Versions of before padding was proven have none.
+            # Versions of earlier releases have none of these.
             data.setdefault("padded_axes", ())
+            data.setdefault("mount", MOUNT)
+            data.setdefault("contract", {})
             for name in ("input_names", "output_names", "formats", "padded_axes"):
                 data[name] = tuple(data[name])
             return cls(**data)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kpdeploy.artifact import Artifact, Latency, Manifest, Verdict
+from kpdeploy.artifact import MOUNT, Artifact, Latency, Manifest, Verdict
 from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
@@ -35,12 +35,13 @@ from kpdeploy.errors import (
 from kpdeploy.hardware import environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
 from kpdeploy.model import Model
+from kpdeploy.ops.libraries import contract, find
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.runtimes.worker import peak_bytes
 from kpdeploy.scratch import work_folder
 from kpdeploy.signature import Point, Signature, parse_inputs
-from kpdeploy.verify import Question, failure, prove, questions
+from kpdeploy.verify import Question, ask, failure, prove, questions
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,8 @@ ROUND_SECONDS = 0.5
 class Candidate:
     """One format with one set of runtime settings: what its proof and its measurement showed.
 
-    `reason` says why it is out; then `artifact` and `verdict` are None where it did not get that far.
+    `reason` says why it is out; then `artifact` and `verdict` are None where it did not get that far. `decisions` are
+    those that hold if this candidate is chosen.
     """
 
     format: str
@@ -70,6 +72,18 @@ class Candidate:
     verdict: Verdict | None = None
     latencies: tuple[Latency, ...] = ()
     reason: str = ""
+    decisions: tuple[Decision, ...] = ()
+
+    @property
+    def fused(self) -> bool:
+        """Does it hold fused ops, whose kernels come in a library beside it?"""
+        return bool(self.settings.get("op_libraries"))
+
+    @property
+    def label(self) -> str:
+        said = [f"{key} {value}" for key, value in self.settings.items() if key != "op_libraries"]
+        said += ["fused ops"] if self.fused else []
+        return f"{self.format} ({', '.join(said)})" if said else self.format
 
     @property
     def passed(self) -> bool:
@@ -94,12 +108,14 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What `export` did: every candidate, every decision, and where the result is."""
+    """What `export` did: every candidate, every decision, and where the result is. `fusions` are what the fused
+    candidates hold, whether or not one of them was chosen."""
 
     deployment: Deployment
     candidates: tuple[Candidate, ...]
     chosen: Candidate
     decisions: tuple[Decision, ...]
+    fusions: tuple[Decision, ...]
     baseline: Baseline
     seconds: float
     peak_bytes: int
@@ -129,6 +145,8 @@ def export(
     example: str | os.PathLike[str] | None = None,
     max_batch: int | None = None,
     tolerance: Mapping[str, float] | None = None,
+    fuse: str = "auto",
+    mount: str = MOUNT,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a model, prove each artifact, and publish the fastest that passed as the next version in `repo`.
@@ -142,6 +160,8 @@ def export(
         input: texts such as "input_ids:int64[batch=1..32,seq=1..512]"; example: an .npz with one array per input.
         max_batch: the largest batch of inputs that do not say it themselves.
         tolerance: largest relative errors by dtype, in place of kpdeploy.compare.TOLERANCES.
+        fuse: "auto" tries each format with and without fused ops, "never" without, "always" only with.
+        mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
         KpdeployError: any of its kinds; then nothing was published.
@@ -151,7 +171,7 @@ def export(
     from kpdeploy.export import Capture
     from kpdeploy.serving.triton.repository import check_publishable
 
-    _check_choices(target, format)
+    _check_choices(target, format, fuse, mount)
     tolerances = _tolerances(tolerance)
     # What can be told without the model is told before minutes are spent on it.
     parse_inputs(input)
@@ -163,11 +183,18 @@ def export(
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
         capture = Capture(settled, work)
-        candidates = _try_formats(capture, _formats(target, format), asked, tolerances, progress)
-        candidates = _measure(candidates, settled.signature, progress)
+        fused = (
+            Fusions(())
+            if fuse == "never"
+            else _fuse(capture, _formats(target, format), progress, must=fuse == "always")
+        )
+        tried = _try_formats(
+            capture, fused, _formats(target, format), asked, tolerances, progress, plain=fuse != "always"
+        )
+        candidates = _measure(tried, settled.signature, progress)
         chosen = _choose(candidates, format, asked)
-        decisions = (*settled.decisions, *told, *capture.decisions, *_decided(candidates, chosen))
-        manifest = _manifest(settled, target, candidates, chosen, tolerances, decisions)
+        decisions = (*settled.decisions, *told, *capture.decisions, *_decided(candidates, chosen, fused))
+        manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, baseline)
     return ExportReport(
@@ -175,17 +202,25 @@ def export(
         candidates=tuple(candidates),
         chosen=chosen,
         decisions=deployment.manifest.decisions,
+        fusions=fused.decisions,
         baseline=baseline,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
     )
 
 
-def _check_choices(target: str, format: str) -> None:
+def _check_choices(target: str, format: str, fuse: str, mount: str) -> None:
     from kpdeploy.load import choose
 
     choose("target", target, tuple(TARGETS))
     choose("format", format, ("auto", *TARGETS[target]))
+    choose("value of fuse", fuse, ("auto", "always", "never"))
+    if not mount.startswith("/"):
+        raise UnknownName(
+            f"the mount {mount!r} is no absolute path",
+            why="the server opens kernel libraries by the path that config.pbtxt states",
+            next_step="give the folder where the server will see the repository, such as --mount /models",
+        )
 
 
 @contextmanager
@@ -337,36 +372,129 @@ def _formats(target: str, format: str) -> list[Format]:
     return [FORMATS[name] for name in names]
 
 
+@dataclass(frozen=True)
+class Fusions:
+    """The model with fused ops, captured again (None: there are none), and what was fused and refused."""
+
+    decisions: tuple[Decision, ...]
+    capture: Capture | None = None
+
+
+def _fuse(capture: Capture, formats: Sequence[Format], progress: Progress, *, must: bool) -> Fusions:
+    """Replace subgraphs by fused ops where a format can carry them."""
+    model = capture.model
+    libraries_missing = [found for f in formats if f.library and isinstance(found := find(f.library), Skipped)]
+    if model.program is None:
+        skipped: list[Decision] = [Skipped(what="fused ops", reason=f"a model given as {model.kind} has no graph here")]
+    elif not any(f.library for f in formats):
+        skipped = [Skipped(what="fused ops", reason=f"{formats[0].name} cannot carry them")]
+    elif len(libraries_missing) == sum(bool(f.library) for f in formats):
+        skipped = list(libraries_missing[:1])
+    else:
+        with progress.step("fusing subgraphs"):
+            fusions = _fused(capture)
+        if fusions.capture is not None or not must:
+            return fusions
+        skipped = list(fusions.decisions)
+    if must:
+        why = "; ".join(f"{d.what}: {d.reason}" for d in skipped if isinstance(d, Skipped))
+        raise ExportFailed(
+            f"nothing of {model.name} can be fused",
+            why=why or "no subgraph matches a fused op",
+            next_step="export it without: --fuse never, or --fuse auto",
+        )
+    return Fusions(tuple(skipped))
+
+
+def _fused(capture: Capture) -> Fusions:
+    from kpdeploy.export.capture import settle_axes
+    from kpdeploy.load.flat import Flat
+    from kpdeploy.optimize import fuse
+
+    result = fuse(capture.model)
+    if not result.counts:
+        return Fusions(result.decisions)
+    again = replace(capture.model, kind="module", module=Flat(result.module, None), program=None, decisions=())
+    try:
+        settled = settle_axes(again, stated=True)
+    except ExportFailed as error:
+        return Fusions((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {error.why}"),))
+    folder = capture.folder / "fused"
+    folder.mkdir()
+    return Fusions(result.decisions, replace(capture, model=settled, folder=folder, decisions=[]))
+
+
 def _try_formats(
     capture: Capture,
+    fused: Fusions,
     formats: Sequence[Format],
     asked: Sequence[Question],
     tolerances: Mapping[str, float],
     progress: Progress,
+    *,
+    plain: bool,
 ) -> list[Candidate]:
-    """Export and prove each format. Where only one was asked for, its failure is the command's."""
-    model, work = capture.model, capture.folder
+    """Export and prove each format, with fused ops and without. Where only one was asked for, its failure is the
+    command's."""
     candidates: list[Candidate] = []
     for format in formats:
-        try:
-            artifact = _export_one(format, capture, work, progress)
-        except (ExportFailed, FormatUnavailable, PackageMissing) as error:
-            if len(formats) == 1:
-                raise
-            candidates.append(Candidate(format=format.name, settings={}, reason=_reason(error)))
-            continue
-        for settings in format.variants:
-            with progress.step(f"proving {_label(format.name, settings)} in a fresh process"):
-                candidates.append(_prove_one(replace(artifact, settings=settings), model, asked, tolerances))
+        found: list[Candidate] = []
+        if fused.capture is not None and format.library:
+            found += _try_one(format, fused.capture, asked, tolerances, progress, fused=True)
+        # A slow export is made once, unless that failed.
+        if plain and not (format.slow and any(c.passed for c in found)):
+            try:
+                found += _try_one(format, capture, asked, tolerances, progress, fused=False)
+            except (ExportFailed, FormatUnavailable, PackageMissing) as error:
+                if len(formats) == 1 and not any(c.passed for c in found):
+                    raise
+                found.append(Candidate(format=format.name, settings={}, reason=_reason(error)))
+        candidates += found
     return candidates
 
 
-def _export_one(format: Format, capture: Capture, work: Path, progress: Progress) -> Artifact:
-    folder = work / "artifacts" / format.name
+def _try_one(
+    format: Format,
+    capture: Capture,
+    asked: Sequence[Question],
+    tolerances: Mapping[str, float],
+    progress: Progress,
+    *,
+    fused: bool,
+) -> list[Candidate]:
+    """One format, with each of its variants. What fails of an artifact with fused ops is a candidate that is out.
+
+    Raises:
+        ExportFailed, FormatUnavailable, PackageMissing: the plain artifact cannot be made.
+    """
+    settings: dict[str, Any] = {"op_libraries": (format.library,)} if fused else {}
+    try:
+        artifact = _export_one(format, capture, progress, fused=fused)
+    except (ExportFailed, FormatUnavailable, PackageMissing) as error:
+        if not fused:
+            raise
+        return [Candidate(format=format.name, settings=settings, reason=_reason(error))]
+    candidates = []
+    for variant in format.fused_variants if fused else format.variants:
+        candidate = Candidate(format=format.name, settings={**variant, **settings})
+        with progress.step(f"proving {candidate.label} in a fresh process"):
+            proposed = replace(artifact, settings=candidate.settings)
+            candidates.append(_prove_one(proposed, capture.model, asked, tolerances))
+    return candidates
+
+
+def _export_one(format: Format, capture: Capture, progress: Progress, *, fused: bool) -> Artifact:
+    kind = f"{format.name} with fused ops" if fused else format.name
+    folder = capture.folder / "artifacts" / format.name
     folder.mkdir(parents=True)
-    _check_room(capture.model, format.name, work)
-    minute = " (compiles for about a minute)" if format.name == "pt2" else ""
-    with progress.step(f"exporting {format.name}{minute}"):
+    _check_room(capture.model, format.name, capture.folder)
+    minute = " (compiles for about a minute)" if format.slow else ""
+    if fused:
+        library = find(format.library)
+        if isinstance(library, Skipped):
+            raise FormatUnavailable(f"{library.what} is missing", why=library.reason)
+        shutil.copyfile(library, folder / library.name)
+    with progress.step(f"exporting {kind}{minute}"):
         format.export(capture, folder)
     return Artifact(
         format=format.name,
@@ -384,6 +512,8 @@ def _prove_one(
     try:
         with RuntimeProcess(artifact) as process:
             verdict = prove(process, model.signature, asked, tolerances, np.random.default_rng())
+        if verdict.passed and candidate.fused and artifact.format == "onnx":
+            candidate = replace(candidate, decisions=(_prove_portable(artifact, model, asked, tolerances),))
     except ProofFailed as error:
         return replace(candidate, reason=_reason(error))
     return replace(
@@ -391,13 +521,29 @@ def _prove_one(
     )
 
 
+def _prove_portable(
+    artifact: Artifact, model: Model, asked: Sequence[Question], tolerances: Mapping[str, float]
+) -> Decision:
+    """Ask an ONNX file with fused ops where their library is not: its own functions then define them.
+
+    Raises:
+        ProofFailed: it does not run there, or gives other answers.
+    """
+    bare = {key: value for key, value in artifact.settings.items() if key != "op_libraries"}
+    libraries = ", ".join(artifact.settings["op_libraries"])
+    with RuntimeProcess(artifact, bare) as process:
+        found = ask(process, model.signature, asked, tolerances)
+    worst = max(found, key=lambda c: c.error)
+    if not all(c.passed for c in found):
+        raise ProofFailed(f"without {libraries} the ONNX file gives other answers", why=f"error {worst.error:.1e}")
+    return Applied(
+        what=f"runs without {libraries} too, slower",
+        detail=f"the file defines its fused ops: error {worst.error:.1e}",
+    )
+
+
 def _reason(error: KpdeployError) -> str:
     return f"{error.what}: {error.why}" if error.why else error.what
-
-
-def _label(format: str, settings: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{key} {value}" for key, value in settings.items())
-    return f"{format} ({said})" if said else format
 
 
 def _measure(candidates: Sequence[Candidate], signature: Signature, progress: Progress) -> list[Candidate]:
@@ -431,18 +577,21 @@ def _choose(candidates: Sequence[Candidate], format: str, asked: Sequence[Questi
     kind = ProofFailed if any(c.artifact is not None for c in candidates) else ExportFailed
     raise kind(
         "no format passed; nothing was packaged" if format == "auto" else f"the {format} artifact failed its proof",
-        why="\n      ".join(f"{_label(c.format, c.settings)}: {c.reason}" for c in candidates),
+        why="\n      ".join(f"{c.label}: {c.reason}" for c in candidates),
         next_step="fix what is named, or state what you accept: --tolerance float32=1e-4",
     )
 
 
-def _decided(candidates: Sequence[Candidate], chosen: Candidate) -> Iterator[Decision]:
+def _decided(candidates: Sequence[Candidate], chosen: Candidate, fused: Fusions) -> Iterator[Decision]:
+    if chosen.fused or fused.capture is None:
+        yield from fused.decisions
+    yield from chosen.decisions
     for candidate in candidates:
-        label = _label(candidate.format, candidate.settings)
+        label = candidate.label
         if candidate is chosen:
             yield Applied(what=label, detail="the fastest that passed its proof, over the measured points")
         elif candidate.passed:
-            yield Skipped(what=label, reason=f"{candidate.score / chosen.score:.2f} x the time of {chosen.format}")
+            yield Skipped(what=label, reason=f"{candidate.score / chosen.score:.2f} x the time of {chosen.label}")
         else:
             yield Skipped(what=label, reason=candidate.reason)
     assert chosen.verdict is not None
@@ -492,6 +641,7 @@ def _manifest(
         environment=environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         padded_axes=() if chosen.format == "pt2" else chosen.verdict.padded_axes,
+        contract={n: contract(chosen.artifact.folder / n) for n in chosen.settings.get("op_libraries", ())},
     )
 
 

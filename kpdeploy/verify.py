@@ -53,16 +53,7 @@ def prove(
     Raises:
         ProofFailed: the artifact could not be run on a question.
     """
-    worst: dict[str, Comparison] = {}
-    for question in asked:
-        try:
-            answer = _answer(process, signature, question.inputs)
-        except ProofFailed as error:
-            raise ProofFailed(f"{error.what} at {_sizes(question.point)}", why=error.why) from None
-        for found in compare(answer, question.expected, tolerances):
-            if found.output not in worst or found.error > worst[found.output].error:
-                worst[found.output] = found
-    comparisons = tuple(worst.values())
+    comparisons = ask(process, signature, asked, tolerances)
     if not all(c.passed for c in comparisons):
         return Verdict(comparisons=comparisons, points=len(asked), max_batch_size=0)
     size, note = largest_batch(process, signature, tolerances, rng)
@@ -75,6 +66,26 @@ def prove(
         padded_axes=padded,
         padding=padding,
     )
+
+
+def ask(
+    process: RuntimeProcess, signature: Signature, asked: Sequence[Question], tolerances: Mapping[str, float]
+) -> tuple[Comparison, ...]:
+    """Put every question to the artifact in `process`; the worst comparison of each output.
+
+    Raises:
+        ProofFailed: the artifact could not be run on a question.
+    """
+    worst: dict[str, Comparison] = {}
+    for question in asked:
+        try:
+            answer = _answer(process, signature, question.inputs)
+        except ProofFailed as error:
+            raise ProofFailed(f"{error.what} at {_sizes(question.point)}", why=error.why) from None
+        for found in compare(answer, question.expected, tolerances):
+            if found.output not in worst or found.error > worst[found.output].error:
+                worst[found.output] = found
+    return tuple(worst.values())
 
 
 def largest_batch(

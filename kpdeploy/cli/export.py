@@ -39,6 +39,20 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
     show_default=True,
     help="onnx, openvino, torchscript, pt2; auto proves and measures them all, and packages the fastest.",
 )
+@click.option(
+    "--fuse",
+    default="auto",
+    show_default=True,
+    help="Fused ops (attention, linear with activation, residual with norm) and the library of their kernels: always, "
+    "never; auto measures each format with and without them.",
+)
+@click.option(
+    "--mount",
+    default="/models",
+    show_default=True,
+    metavar="DIR",
+    help="Where the server's container will see the repository: config.pbtxt names kernel libraries below it.",
+)
 @click.option("--name", help="The model's name in the repository.  [default: from MODEL]")
 @click.option("--task", help="What a Hugging Face folder is for, where its config does not tell.")
 @click.option(
@@ -86,6 +100,8 @@ def command(model: str, tolerances: tuple[str, ...], as_json: bool, **options: A
         example=options["example"],
         max_batch=options["max_batch"],
         tolerance=parse_tolerances(tolerances),
+        fuse=options["fuse"],
+        mount=options["mount"],
         progress=console.progress(json_output=as_json),
     )
     if as_json:
@@ -121,7 +137,9 @@ def show(report: ExportReport) -> None:
     console.table(("format", "proof", "error / tolerance", *headers, ""), rows, title=f"{manifest.model}")
     for candidate in report.candidates:
         if not candidate.passed:
-            console.out.print(f"  [dim]{candidate.format} is out:[/] {candidate.reason}", markup=True)
+            console.out.print(f"  [dim]{candidate.label} is out:[/] {candidate.reason}", markup=True)
+    if report.fusions:
+        console.out.print(f"  [dim]{_fusions(report)}[/]")
     for decision in report.decisions:
         if told := _told(decision, report):
             console.out.print(f"  [dim]{told}[/]")
@@ -137,7 +155,8 @@ def show(report: ExportReport) -> None:
 def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ...]:
     from kpdeploy.cli import console
 
-    name = " ".join((candidate.format, *(str(v) for v in candidate.settings.values())))
+    said = [str(value) for key, value in candidate.settings.items() if key != "op_libraries"]
+    name = " ".join((candidate.format, *said, *(["+ fused ops"] if candidate.fused else [])))
     if candidate.verdict is None:
         return (name, console.mark(False), "", *([""] * points), "")
     worst = candidate.verdict.worst
@@ -148,7 +167,17 @@ def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ..
 
 def _told(decision: Any, report: ExportReport) -> str:
     """A decision as a line, unless the table says it already."""
-    formats = {candidate.format for candidate in report.candidates}
-    if decision.what.split(" ")[0] in formats and "machine code" not in decision.what:
+    labels = {candidate.label for candidate in report.candidates}
+    if decision.what in labels or decision in report.fusions:
         return ""
     return f"{decision.what}: {getattr(decision, 'detail', '') or getattr(decision, 'reason', '')}"
+
+
+def _fusions(report: ExportReport) -> str:
+    """What the fused candidates hold, as one line: fused 6 attention, 6 linear_activation; skipped 1 … (why)"""
+    from kpdeploy.decision import Applied
+
+    made = [d.what.removeprefix("fused ") for d in report.fusions if isinstance(d, Applied)]
+    refused = [f"{d.what} ({d.reason})" for d in report.fusions if not isinstance(d, Applied)]
+    parts = [f"fused {', '.join(made)}"] if made else []
+    return "; ".join(parts + ([f"skipped {', '.join(refused)}"] if refused else []))

@@ -9,6 +9,7 @@ from typing import Any
 
 from kpdeploy.export import capture, onnx, openvino, pt2, torchscript
 from kpdeploy.export.capture import Capture
+from kpdeploy.ops import libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,9 @@ class Format:
     """One way to write a model down.
 
     `export(capture, folder)` writes `filename` (and what belongs to it) into an empty folder. `variants` are the
-    runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default.
+    runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default. `library` is the file
+    of kpdeploy.ops.libraries that holds the fused ops for its runtime, empty where the format cannot carry them; then
+    `fused_variants` are those of an artifact with fused ops. `slow`: an export takes a minute.
 
     Raises (export): FormatUnavailable where the model's kind rules the format out; ExportFailed, PackageMissing.
     """
@@ -25,6 +28,9 @@ class Format:
     filename: str
     export: Callable[[Capture, Path], None]
     variants: Sequence[Mapping[str, Any]] = field(default=({},))
+    library: str = ""
+    fused_variants: Sequence[Mapping[str, Any]] = field(default=({},))
+    slow: bool = False
 
 
 FORMATS = {
@@ -36,10 +42,12 @@ FORMATS = {
             export=onnx.export,
             # "all" includes fusions that are slower than what they replace on some models.
             variants=({"graph_level": "all"}, {"graph_level": "basic"}),
+            library=libraries.ONNX,
+            fused_variants=({"graph_level": "all"},),
         ),
         Format(name="openvino", filename="model.xml", export=openvino.export, variants=({"precision": "f32"},)),
-        Format(name="torchscript", filename="model.pt", export=torchscript.export),
-        Format(name="pt2", filename="model.pt2", export=pt2.export),
+        Format(name="torchscript", filename="model.pt", export=torchscript.export, library=libraries.TORCH),
+        Format(name="pt2", filename="model.pt2", export=pt2.export, library=libraries.TORCH, slow=True),
     )
 }
 

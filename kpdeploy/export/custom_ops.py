@@ -99,7 +99,8 @@ def _translation(op: Op) -> Callable[..., Any]:
 
     def translate(*given: Any, **named: Any) -> Any:
         values = {**dict(zip((a.name for a in declared), given, strict=False)), **named}
-        tensors, attributes = [], {}
+        tensors: list[Any] = []
+        attributes = {}
         for argument in declared:
             value = values[argument.name]
             if not _is_tensor(argument):
@@ -107,7 +108,8 @@ def _translation(op: Op) -> Callable[..., Any]:
             elif value is None:
                 # A function's body cannot ask whether an input is there; it can cut an empty one.
                 dtype = ir.DataType.INT64 if argument.name == "lengths" else tensors[0].dtype
-                tensors.append(opset20.Constant(value=ir.tensor(np.empty(0, dtype.numpy()))))
+                empty: Any = ir.tensor(np.empty(0, dtype.numpy()))
+                tensors.append(opset20.Constant(value=empty))
             else:
                 tensors.append(value)
         return node(*tensors, **attributes)

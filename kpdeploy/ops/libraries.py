@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from kpdeploy.decision import Applied, Skipped
@@ -19,6 +20,22 @@ def find(name: str) -> Path | Skipped:
     if path.is_file():
         return path
     return Skipped(what=name, reason=f"this installation holds no {path.parent.name}/{name}: {_BUILD}")
+
+
+LEAST = {TORCH: {"torch": "2.10"}, ONNX: {"onnxruntime": "1.21"}}
+"""The oldest release of a runtime that a library loads in: csrc/BUILD.md says why."""
+
+
+def contract(path: Path) -> dict[str, str]:
+    """What a library needs of the machine that loads it: the least version by name (onnxruntime or torch, glibc,
+    glibcxx), as its symbols say."""
+    data = path.read_bytes()
+    needs = dict(LEAST.get(path.name, {}))
+    for name, symbol in (("glibc", rb"GLIBC_([0-9.]+)\0"), ("glibcxx", rb"GLIBCXX_([0-9.]+)\0")):
+        versions = [tuple(map(int, found.decode().split("."))) for found in re.findall(symbol, data)]
+        if versions:
+            needs[name] = ".".join(map(str, max(versions)))
+    return needs
 
 
 def load_torch() -> Applied | Skipped:

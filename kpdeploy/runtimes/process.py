@@ -71,13 +71,15 @@ class RuntimeProcess:
         )
 
     def _job(self) -> dict[str, Any]:
-        artifact = self.artifact
+        artifact, settings = self.artifact, dict(self.settings)
+        if libraries := settings.get("op_libraries"):
+            settings["op_libraries"] = [str(artifact.folder.absolute() / library) for library in libraries]
         return {
             "runtime_file": str(self.runtime_file),
             "path": str(artifact.path),
             "inputs": list(artifact.input_names),
             "outputs": list(artifact.output_names),
-            "settings": self.settings,
+            "settings": settings,
         }
 
     def _end(self) -> None:

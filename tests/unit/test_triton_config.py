@@ -107,10 +107,11 @@ def test_graph_level_of_onnx_is_the_proven_one(level: str, number: int | None) -
 
 
 def test_settings_reach_the_backend() -> None:
-    settings = {"threads": 2, "op_libraries": ("/opt/libops.so",)}
-    config = model_config(manifest(settings=settings), baseline())
+    settings = {"threads": 2, "op_libraries": ("libops.so",)}
+    config = model_config(manifest(settings=settings, version=3, mount="/srv/repo"), baseline())
     assert config.parameters["intra_op_thread_count"].string_value == "2"
-    assert list(config.model_operations.op_library_filename) == ["/opt/libops.so"]
+    name = manifest().model
+    assert list(config.model_operations.op_library_filename) == [f"/srv/repo/{name}/3/libops.so"]
 
 
 @pytest.mark.parametrize(("p50_ms", "delay_us"), [(4.0, 200), (200.0, 1000), (0.001, 0)])
