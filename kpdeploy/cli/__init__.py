@@ -83,9 +83,10 @@ def cli(ctx: click.Context) -> None:
 def main() -> None:
     """Run the command line; every error is one message and its exit code, never a traceback."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        # What a command gives ctx.exit() comes back as a value.
+        code = cli.main(standalone_mode=False)
+        if code:
+            sys.exit(code)
     except (click.Abort, KeyboardInterrupt):
         from kpdeploy.cli.console import INTERRUPTED, show_interrupted
 

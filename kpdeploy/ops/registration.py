@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from kpdeploy.decision import Applied, Skipped
 from kpdeploy.ops.op import NAMESPACE, Op
@@ -35,8 +36,23 @@ def register() -> Applied | Skipped:
             decision = Skipped(what=decision.what, reason=f"{decision.detail} did not register its ops")
         _register_references(list(OPS.values()))
     for op in OPS.values():
-        torch.library.register_fake(op.qualified, op.fake)
+        torch.library.register_fake(op.qualified, _on_one_device(op))
     return decision
+
+
+def _on_one_device(op: Op) -> Callable[..., Any]:
+    """The op's fake, which torch also calls where one tensor of several is on the meta device: it must not then answer
+    with memory that nothing was written to."""
+    import torch
+
+    @functools.wraps(op.fake)
+    def fake(*arguments: Any) -> Any:
+        devices = {str(a.device) for a in arguments if isinstance(a, torch.Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"{op.qualified}: its tensors are on {' and '.join(sorted(devices))}")
+        return op.fake(*arguments)
+
+    return fake
 
 
 def _known(op: Op) -> bool:

@@ -8,52 +8,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import ALL, Case, error, to_dtype
 
-from kpdeploy.ops import OPS
+from kpdeploy.ops import OPS, calls
+from kpdeploy.ops.cases import Arguments, Case, all_cases, cases_of, error, to_dtype, tolerance
 
 _core = pytest.importorskip("kpdeploy._core", reason="this installation has no kernels: csrc/BUILD.md")
 
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-LOST_DIGITS = {"far from 0": 5, "far from 0, no bias": 5, "large scores": 20}
-"""Where float32 itself loses digits: a mean of 100 leaves fewer for the differences, a score of 1000 for e^score."""
-POISON = float("nan")
+ALL = all_cases()
+DTYPES = (torch.float32, torch.bfloat16)
+NAN = float("nan")
 
 
-def array_of(tensor: Any) -> Any:
-    if not isinstance(tensor, torch.Tensor):
-        return tensor
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
-
-
-def call(op: str, arguments: tuple[Any, ...], **options: Any) -> tuple[torch.Tensor, ...]:
+def call(op: str, arguments: Arguments, **options: Any) -> tuple[torch.Tensor, ...]:
     """The kernel's outputs, in buffers that held NaN."""
-    fake = OPS[op].fake(*arguments)
-    outs = [torch.full_like(out, POISON) for out in (fake if isinstance(fake, tuple) else (fake,))]
-    getattr(_core, op)(*map(array_of, arguments), *map(array_of, outs), **options)
-    return tuple(outs)
+    return calls.direct(OPS[op], arguments, **options)
 
 
-def expected(op: str, arguments: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    ref = OPS[op].reference(*to_dtype(arguments, torch.float64))
-    return ref if isinstance(ref, tuple) else (ref,)
+def expected(op: str, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+    return calls.reference(OPS[op], arguments)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case[0]}: {case[1]}")
 def test_a_kernel_gives_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
     op, what, arguments = case
     arguments = to_dtype(arguments, dtype)
     for out, ref in zip(call(op, arguments), expected(op, arguments), strict=True):
-        assert error(out, ref) <= TOLERANCES[dtype] * LOST_DIGITS.get(what, 2 if op == "attention" else 1)
+        assert error(out, ref) <= tolerance("kpdeploy", str(dtype).removeprefix("torch."), what)
 
 
 @pytest.mark.parametrize("op", ["linear_activation", "gated_linear"])
 def test_a_packed_weight_gives_the_same(op: str, isa: str) -> None:
-    for name, what, arguments in ALL:
-        if name == op:
-            for out, ref in zip(call(op, arguments, packed=True), expected(op, arguments), strict=True):
-                assert error(out, ref) <= 1e-6, what
+    for _, what, arguments in cases_of(op):
+        for out, ref in zip(call(op, arguments, packed=True), expected(op, arguments), strict=True):
+            assert error(out, ref) <= 1e-6, what
 
 
 def test_threads_change_nothing() -> None:
@@ -76,14 +64,14 @@ def test_keys_beyond_the_length_are_not_read() -> None:
     q, k, v = torch.randn(3, 2, 40, 64)
     lengths = torch.tensor([40, 11])
     (clean,) = call("attention", (q, k, v, lengths, 2, 2, 0.2, False))
-    k[1, 11:] = POISON
-    v[1, 11:] = POISON
+    k[1, 11:] = NAN
+    v[1, 11:] = NAN
     assert torch.equal(call("attention", (q, k, v, lengths, 2, 2, 0.2, False))[0], clean)
 
 
 def test_a_nan_stays_one(isa: str) -> None:
     x = torch.randn(6, 48)
-    x[2, 5] = POISON
+    x[2, 5] = NAN
     w = torch.randn(40, 48)
     for out in (call("linear_activation", (x, w, None, "gelu")), call("rms_norm", (x, torch.ones(48), 1e-5))):
         assert out[0][2].isnan().all()
@@ -119,7 +107,11 @@ Q = np.ones((2, 3, 8), np.float32)
         ("linear_activation", (X, W[0], B, "gelu", np.ones((4, 6), np.float32)), "weight has 1 dims, not at least 2"),
         ("linear_activation", (X.T, W, B, "gelu", np.ones((8, 6), np.float32)), "last dim of x is not contiguous"),
         ("rms_norm", (X.astype(np.float16), X[0].astype(np.float16), 1e-5, X.astype(np.float16)), "x is float16"),
+        ("linear_activation", (X[:0], W[:, :5], B, "gelu", X[:0]), "weight is [6, 5], which does not"),
+        ("gated_linear", (X, W[:, :5], W, np.ones((4, 6), np.float32)), "gate_weight is [6, 5], which does not"),
+        ("gated_linear", (X, W, W[:3], np.ones((4, 6), np.float32)), "gate_weight is [6, 8], and up_weight is [3, 8]"),
         ("rms_norm", (X, np.ones(7, np.float32), 1e-5, X.copy()), "weight is [7]; [8] fits"),
+        ("rms_norm", (X[:0], np.ones(7, np.float32), 1e-5, X[:0]), "weight is [7]; [8] fits"),
         ("rms_norm", (np.array(1, np.float32), X[0], 1e-5, X.copy()), "x has 0 dims"),
         ("add_rms_norm", (X, X[:1], X[0], 1e-5, X.copy(), X.copy()), "residual is [1, 8], and x is [4, 8]"),
         ("layer_norm", (X, W[0], W[0].view(np.int32).astype(np.int64), 1e-5, X.copy()), "bias is int64"),
@@ -136,6 +128,28 @@ def test_wrong_use_is_one_clear_error(op: str, arguments: tuple[Any, ...], messa
     with pytest.raises(ValueError) as raised:  # noqa: PT011  (the message is compared below)
         getattr(_core, op)(*arguments)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "message"),
+    [
+        ("linear_activation", (X, None, B, "gelu", X), "incompatible function arguments"),
+        ("linear_activation", (X, W.tolist(), B, "gelu", X), "incompatible function arguments"),
+        ("layer_norm", (X, None, None, 1e-5, X), "incompatible function arguments"),
+        ("attention", (Q, None, Q, None, 2, 2, 1.0, False, Q), "incompatible function arguments"),
+        ("rms_norm", (X, X[0], X), "incompatible function arguments"),
+    ],
+)
+def test_a_missing_array_is_a_type_error(op: str, arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        getattr(_core, op)(*arguments)
+
+
+def test_an_output_that_cannot_be_written_is_an_error() -> None:
+    out = np.ones((4, 8), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(ValueError, match="an output is read-only"):
+        _core.rms_norm(X, X[0], 1e-5, out)
 
 
 def test_each_op_is_callable_by_its_own_name() -> None:

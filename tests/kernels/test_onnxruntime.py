@@ -7,94 +7,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-from cases import ALL, Case, error, to_dtype
-from onnx import TensorProto, helper, numpy_helper
 
-from kpdeploy.ops import ONNX_DOMAIN, OPS
+from kpdeploy.ops import OPS, calls
+from kpdeploy.ops.cases import Case, all_cases, cases_of, error, to_dtype, tolerance
 
-TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16}
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-LOST_DIGITS = {"far from 0": 5, "far from 0, no bias": 5, "large scores": 20}
-
-
-def attributes_of(op: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
-    names = [part.split("=")[0].split()[-1] for part in OPS[op].schema.split("(", 1)[1].split(")")[0].split(", ")]
-    kept = {n: v for n, v in zip(names, arguments, strict=True) if not isinstance(v, torch.Tensor) and v is not None}
-    return {name: int(value) if isinstance(value, bool) else value for name, value in kept.items()}
-
-
-def model_of(op: str, arguments: tuple[Any, ...], dtype: torch.dtype, constant: bool = False) -> bytes:
-    """float32 in and out (bfloat16 is cast inside). `constant`: 2-dim tensors after the first are initializers."""
-    nodes, inputs, initializers, names = [], [], [], []
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor) or a is None]
-    for index, tensor in enumerate(tensors):
-        name = f"i{index}"
-        names.append(name if tensor is not None else "")
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, [None] * tensor.dim()))
-            continue
-        source = name if dtype == torch.float32 else f"{name}_f32"
-        if constant and index and tensor.dim() == 2:
-            initializers.append(numpy_helper.from_array(tensor.float().numpy(), source))
-        else:
-            inputs.append(helper.make_tensor_value_info(source, TensorProto.FLOAT, [None] * tensor.dim()))
-        if source != name:
-            nodes.append(helper.make_node("Cast", [source], [name], to=TYPES[dtype]))
-    count = len(OPS[op].schema.split("->")[1].split(","))
-    outs = [f"o{i}" for i in range(count)]
-    attributes = attributes_of(op, arguments)
-    nodes.append(helper.make_node(OPS[op].onnx, names, outs, domain=ONNX_DOMAIN, **attributes))
-    nodes += [helper.make_node("Cast", [out], [f"{out}_f32"], to=TensorProto.FLOAT) for out in outs]
-    results = [helper.make_tensor_value_info(f"{out}_f32", TensorProto.FLOAT, None) for out in outs]
-    graph = helper.make_graph(nodes, "one_op", inputs, results, initializers)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(ONNX_DOMAIN, 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    return model.SerializeToString()
-
-
-def feeds_of(arguments: tuple[Any, ...], session: onnxruntime.InferenceSession) -> dict[str, np.ndarray[Any, Any]]:
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor) or a is None]
-    wanted = {entry.name for entry in session.get_inputs()}
-    found = {}
-    for index, tensor in enumerate(tensors):
-        for name in (f"i{index}", f"i{index}_f32"):
-            if name in wanted and tensor is not None:
-                found[name] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous().numpy()
-    return found
-
-
-def session_of(model: bytes, library: str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 2
-    options.register_custom_ops_library(library)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def run_once(name: str, arguments: tuple[Any, ...], library: str) -> Any:
-    session = session_of(model_of(name, arguments, torch.float32), library)
-    return session.run(None, feeds_of(arguments, session))
+    """Plain, and not into memory of the right shape: what is wrong has none."""
+    session = calls.onnx_session(calls.onnx_model(OPS[name], arguments), library)
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor) or a is None]
+    return session.run(None, {f"i{i}": tensor.numpy() for i, tensor in enumerate(tensors) if tensor is not None})
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case[0]}: {case[1]}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: f"{case[0]}: {case[1]}")
 def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype, onnx_library: str) -> None:
     name, what, arguments = case
     arguments = to_dtype(arguments, dtype)
-    ref = OPS[name].reference(*to_dtype(arguments, torch.float64))
-    for constant in (False, True) if "linear" in name else (False,):
-        session = session_of(model_of(name, arguments, dtype, constant), onnx_library)
-        outs = session.run(None, feeds_of(arguments, session))
-        for out, wanted in zip(outs, ref if isinstance(ref, tuple) else (ref,), strict=True):
-            assert out.shape == tuple(wanted.shape)
-            assert error(torch.from_numpy(out), wanted) <= TOLERANCES[dtype] * LOST_DIGITS.get(what, 1)
+    wanted = calls.reference(OPS[name], arguments)
+    for constant in (False, True):
+        session = calls.onnx_session(calls.onnx_model(OPS[name], arguments, constant=constant), onnx_library)
+        for out, ref in zip(calls.through_onnxruntime(OPS[name], arguments, session), wanted, strict=True):
+            assert error(out, ref) <= tolerance("kpdeploy", str(dtype).removeprefix("torch."), what)
 
 
 X, W = torch.ones(4, 8), torch.ones(6, 8)
@@ -109,6 +47,18 @@ X, W = torch.ones(4, 8), torch.ones(6, 8)
         ("linear_activation", (torch.tensor(1.0), W, None, "gelu"), "x has 0 dims"),
         ("gated_linear", (X, W, W[:3]), "gate_weight is [6, 8], and up_weight is [3, 8]"),
         ("add_layer_norm", (X, X[:1], X[0], None, 1e-5), "residual is [1, 8], and x is [4, 8]"),
+        ("gated_linear", (X, W[:, :5], W), "gate_weight is [6, 5], which does not fit x [4, 8]"),
+        ("linear_activation", (X[:0], W[:, :5], None, "gelu"), "weight is [6, 5], which does not fit x [0, 8]"),
+        ("linear_activation", (X, W[0], None, "gelu"), "weight has 1 dims, not at least 2"),
+        ("linear_activation", (X, None, None, "gelu"), "input 1 is marked single but has an empty string"),
+        ("rms_norm", (X.half(), X[0].half(), 1e-5), "Type 'tensor(float16)' of input parameter (i0)"),
+        ("rms_norm", (X, X[0].double(), 1e-5), "Type 'tensor(double)' of input parameter (i1)"),
+        ("rms_norm", (X, None, 1e-5), "input 1 is marked single but has an empty string"),
+        ("rms_norm", (X[:0], W[0, :7], 1e-5), "weight is [7]; [8] fits x"),
+        ("layer_norm", (X, W[0], W[0, :7], 1e-5), "bias is [7]; [8] fits x"),
+        ("add_rms_norm", (X, X[:3], X[0], 1e-5), "residual is [3, 8], and x is [4, 8]"),
+        ("attention", (X[None], X[None], X[None], torch.tensor([1]).int(), 2, 2, 1.0, False), "tensor(int32)"),
+        ("attention", (X[None], X[None], X[None], None, 3, 3, 1.0, False), "its last dim is not 3 heads"),
         ("attention", (X, X, X, None, 2, 2, 1.0, False), "query has 2 dims, not at least 3"),
         ("attention", (X[None], X[None], X[None], torch.tensor([5]), 2, 2, 1.0, False), "lengths[0] is 5, with 4"),
     ],
@@ -119,14 +69,23 @@ def test_wrong_use_is_one_clear_error(name: str, arguments: tuple[Any, ...], mes
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize("weight", [W[:, :5], W[0], torch.tensor(1.0)], ids=["K", "rank 1", "rank 0"])
+def test_a_constant_weight_that_does_not_fit_is_one_clear_error(weight: torch.Tensor, onnx_library: str) -> None:
+    model = calls.onnx_model(OPS["gated_linear"], (X, weight, weight), constant=True)
+    with pytest.raises(Exception, match=r"kpdeploy::\w+: (gate_)?weight") as raised:
+        calls.onnx_session(model, onnx_library).run(None, {"i0": X.numpy()})
+    assert "onnxruntime" in type(raised.value).__module__
+
+
 def test_a_process_with_nothing_but_onnx_runtime_runs_the_model(tmp_path: Path, onnx_library: str) -> None:
-    case = next(arguments for name, what, arguments in ALL if what == "gelu")
-    (tmp_path / "model.onnx").write_bytes(model_of("linear_activation", case, torch.float32, constant=True))
+    case = next(arguments for _, what, arguments in cases_of("linear_activation") if what == "gelu")
+    model = calls.onnx_model(OPS["linear_activation"], case, constant=True)
+    (tmp_path / "model.onnx").write_bytes(model)
     script = (
         "import sys, numpy, onnxruntime\n"
         "o = onnxruntime.SessionOptions(); o.register_custom_ops_library(sys.argv[1])\n"
         "s = onnxruntime.InferenceSession(sys.argv[2], o)\n"
-        "feeds = {i.name: numpy.ones((3, 11, 37) if len(i.shape) == 3 else 45, 'float32') for i in s.get_inputs()}\n"
+        "feeds = {i.name: numpy.ones((3, 11, 37), 'float32') for i in s.get_inputs()}\n"
         "print(s.run(None, feeds)[0].shape, 'torch' in sys.modules, 'kpdeploy' in sys.modules)"
     )
     command = [sys.executable, "-c", script, onnx_library, str(tmp_path / "model.onnx")]

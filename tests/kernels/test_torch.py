@@ -10,40 +10,36 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALL, Case, error, to_dtype
 
-from kpdeploy.ops import OPS
+from kpdeploy.ops import OPS, calls
+from kpdeploy.ops.cases import Case, all_cases, cases_of, error, to_dtype, tolerance
+from kpdeploy.ops.providers import chosen
 
 pytestmark = pytest.mark.usefixtures("registered")
 
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
-LOST_DIGITS = {"far from 0": 5, "far from 0, no bias": 5, "large scores": 20}
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def op_of(name: str) -> Any:
     return getattr(torch.ops.kpdeploy, name).default
 
 
-def tuple_of(value: Any) -> tuple[torch.Tensor, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case[0]}: {case[1]}")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", all_cases(), ids=lambda case: f"{case[0]}: {case[1]}")
 def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype) -> None:
     name, what, arguments = case
     arguments = to_dtype(arguments, dtype)
-    outs = tuple_of(op_of(name)(*arguments))
-    refs = tuple_of(OPS[name].reference(*to_dtype(arguments, torch.float64)))
-    for out, ref in zip(outs, refs, strict=True):
+    kind = str(dtype).removeprefix("torch.")
+    provider = chosen(name, arguments, runtime="torch", device="cpu", dtype=kind)
+    outs = calls.through_torch(OPS[name], arguments)
+    for out, ref in zip(outs, calls.reference(OPS[name], arguments), strict=True):
         assert out.dtype == dtype
-        assert out.shape == ref.shape
-        assert error(out, ref) <= TOLERANCES[dtype] * LOST_DIGITS.get(what, 1)
+        assert error(out, ref) <= tolerance(provider, kind, what)
 
 
 def one_of(name: str) -> tuple[Any, ...]:
     """An ordinary call of an op."""
-    return max((case for case in ALL if case[0] == name), key=lambda case: case[2][0].numel() < 3000)[2]
+    return max(cases_of(name), key=lambda case: case[2][0].numel() < 3000)[2]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -175,7 +171,28 @@ X, W = torch.ones(4, 8), torch.ones(6, 8)
         ("linear_activation", (torch.tensor(1.0), W, None, "gelu"), "x has 0 dims"),
         ("gated_linear", (X, W, W[:3]), "gate_weight is [6, 8], and up_weight is [3, 8]"),
         ("rms_norm", (X.half(), X[0].half(), 1e-5), "x is float16; the CPU kernels take float32 and bfloat16"),
-        ("rms_norm", (X, None, 1e-5), "weight"),
+        ("linear_activation", (X, W[0], None, "gelu"), "weight has 1 dims, not at least 2"),
+        ("linear_activation", (X[:0], W[:, :5], None, "gelu"), "weight is [6, 5], which does not fit x [0, 8]"),
+        ("linear_activation", (X.int(), W.int(), None, "gelu"), "x is another dtype"),
+        ("linear_activation", (X, None, None, "gelu"), "weight is missing"),
+        ("linear_activation", (X, W, None, None), "Expected a value of type 'str' for argument 'activation'"),
+        ("gated_linear", (X, None, W), "gate_weight is missing"),
+        ("gated_linear", (X, W, None), "up_weight is missing"),
+        ("gated_linear", (X, W[:, :5], W), "gate_weight is [6, 5], which does not fit x [4, 8]"),
+        ("rms_norm", (X, None, 1e-5), "weight is missing"),
+        ("rms_norm", (X[:0], W[0, :7], 1e-5), "weight is [7]; [8] fits x"),
+        ("rms_norm", (X, W[0].to("meta"), 1e-5), "kpdeploy::rms_norm: its tensors are on cpu and meta"),
+        ("rms_norm", (X.to_sparse(), W[0], 1e-5), "Could not run 'kpdeploy::rms_norm'"),
+        ("layer_norm", (X, None, None, 1e-5), "weight is missing"),
+        ("layer_norm", (X, W[0], W[0, :7], 1e-5), "bias is [7]; [8] fits x"),
+        ("layer_norm", (X, W, None, 1e-5), "weight is [6, 8]; [8] fits x"),
+        ("add_layer_norm", (X, None, X[0], None, 1e-5), "residual is missing"),
+        ("add_rms_norm", (None, X, X[0], 1e-5), "the first tensor is missing"),
+        ("add_rms_norm", (X, X.bfloat16(), X[0], 1e-5), "residual is bfloat16, and x is float32"),
+        ("attention", (X[None], None, X[None], None, 2, 2, 1.0, False), "key is missing"),
+        ("attention", (X[None], X[None], X[None], torch.ones(1), 2, 2, 1.0, False), "lengths is not int64"),
+        ("attention", (X[None], X[None], X[None], torch.tensor([-1]), 2, 2, 1.0, False), "lengths[0] is -1, with 4"),
+        ("attention", (X[None], X[None], X[None], None, 0, 0, 1.0, False), "heads is 0, not a multiple of"),
         ("add_layer_norm", (X, X[:1], X[0], None, 1e-5), "residual is [1, 8], and x is [4, 8]"),
         ("attention", (X, X, X, None, 2, 2, 1.0, False), "query has 2 dims, not at least 3"),
         ("attention", (X[None], X[None], X[None], torch.tensor([5]), 2, 2, 1.0, False), "lengths[0] is 5, with 4"),
@@ -185,3 +202,5 @@ def test_wrong_use_is_one_clear_error(name: str, arguments: tuple[Any, ...], mes
     with pytest.raises(RuntimeError) as raised:
         op_of(name)(*arguments)
     assert message in str(raised.value)
+    # The process lives, and the op with it.
+    assert calls.through_torch(OPS["rms_norm"], (X, W[0], 1e-5))[0].isfinite().all()

@@ -125,6 +125,16 @@ def test_a_defect_is_told_without_a_traceback_which_goes_to_a_file(
     assert "Traceback" in log.read_text()
 
 
+def test_the_code_with_which_a_command_ends_is_the_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    @click.command()
+    @click.pass_context
+    def command(ctx: click.Context) -> None:
+        ctx.exit(errors.AnswersDiffer.exit_code)
+
+    monkeypatch.setattr("kpdeploy.cli.exit_codes.command", command)
+    assert run("exit-codes") == (errors.AnswersDiffer.exit_code, "", "")
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), click.Abort()])
 def test_an_interrupt_exits_as_shells_expect(
     run: Run, failing: Callable[[BaseException], None], error: BaseException

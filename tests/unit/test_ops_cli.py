@@ -1,0 +1,243 @@
+"""`kpdeploy ops`: who runs a call, on machines that are described here and not looked at. No torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpdeploy.cli import main
+from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.errors import KernelsMissing, ShapeMalformed, UnknownName
+from kpdeploy.ops import OPS, providers
+
+Run = Callable[..., tuple[int, str, str]]
+
+CPU = ("libkpdeploy_torch.so", "libkpdeploy_onnx.so", "kpdeploy._core", "oneDNN", "bfloat16 in oneDNN")
+GPU = (*CPU, "NVIDIA GPU", "CUDA kernels", "torch with CUDA", "ONNX Runtime with CUDA")
+BARE = ("no libkpdeploy_torch.so", "no libkpdeploy_onnx.so")
+
+
+def machine(*found: str) -> dict[str, Decision]:
+    """What `here` says on a machine that has only these."""
+    return {
+        need: Applied(what=need, detail="found") if need in found else Skipped(what=need, reason=f"without {need}")
+        for need in providers.NEEDS
+    }
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Call `kpdeploy ops …` on a machine of CPU kernels: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(providers, "here", lambda: machine(*CPU))
+
+    def ops(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["kpdeploy", "ops", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return ops
+
+
+def who(op: str, shape: str, at: Mapping[str, Decision], *, device: str = "cpu", dtype: str = "float32") -> Any:
+    """The provider of each runtime that runs the call."""
+    answers = providers.explain(op, device=device, dtype=dtype, sizes=providers.parse_shape(op, shape), at=at)
+    return {a.provider.runtime: a.provider.name for a in answers if a.runs}
+
+
+def why(op: str, shape: str, at: Mapping[str, Decision], provider: str, *, device: str = "cpu") -> list[str]:
+    sizes = providers.parse_shape(op, shape)
+    answers = providers.explain(op, device=device, dtype="float32", sizes=sizes, at=at)
+    return [a.why for a in answers if not a.runs and a.provider.name == provider and a.provider.device == device]
+
+
+OURS = {"torch": "kpdeploy", "onnxruntime": "kpdeploy", "numpy": "kpdeploy"}
+
+
+@pytest.mark.parametrize("op", ["linear_activation", "gated_linear"])
+def test_torch_leaves_many_rows_to_onednn_and_few_to_us(op: str) -> None:
+    assert who(op, "5x384x1536", machine(*CPU)) == {**OURS, "torch": "onednn"}
+    assert who(op, "4x384x1536", machine(*CPU)) == OURS
+    assert why(op, "4x384x1536", machine(*CPU), "onednn") == ["up to 4 rows our own kernel is as fast"]
+
+
+@pytest.mark.parametrize("shape", ["0x8x8", "8x0x8", "8x8x0"])
+def test_nothing_to_multiply_is_ours(shape: str) -> None:
+    assert who("linear_activation", shape, machine(*CPU)) == OURS
+
+
+def test_bfloat16_is_ours_where_onednn_has_none() -> None:
+    at = machine(*(need for need in CPU if need != "bfloat16 in oneDNN"))
+    assert who("linear_activation", "64x8x8", at, dtype="bfloat16") == OURS
+    assert who("linear_activation", "64x8x8", at) == {**OURS, "torch": "onednn"}
+
+
+def test_a_torch_without_onednn_runs_ours() -> None:
+    at = machine(*(need for need in CPU if "oneDNN" not in need))
+    assert who("linear_activation", "64x8x8", at) == OURS
+    assert why("linear_activation", "64x8x8", at, "onednn") == ["without oneDNN"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_without_libraries_the_stand_ins_run(op: str) -> None:
+    shape = providers.PROVIDERS[op].dims.example
+    assert who(op, shape, machine(*BARE)) == {"torch": "reference", "onnxruntime": "onnx_body"}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_runs_every_op_in_three_dtypes_where_it_and_the_library_are(op: str) -> None:
+    shape = providers.PROVIDERS[op].dims.example
+    for dtype in ("float32", "bfloat16", "float16"):
+        found = who(op, shape, machine(*GPU), device="cuda", dtype=dtype)
+        assert found == {"torch": "kpdeploy", "onnxruntime": "kpdeploy"}
+    assert who(op, shape, machine(*CPU), device="cuda") == {}
+    assert why(op, shape, machine(*CPU), "kpdeploy", device="cuda") == ["without NVIDIA GPU"] * 2
+    built_without = machine(*(need for need in GPU if need != "CUDA kernels"))
+    assert why(op, shape, built_without, "kpdeploy", device="cuda") == ["without CUDA kernels"] * 2
+
+
+def test_float16_runs_nowhere_on_a_cpu_with_libraries() -> None:
+    assert who("rms_norm", "4x8", machine(*CPU), dtype="float16") == {}
+
+
+@pytest.mark.parametrize(("size", "runs"), [(1, True), (256, True), (257, False), (0, False)])
+def test_heads_have_a_largest_size(size: int, runs: bool) -> None:
+    assert bool(who("attention", f"1x2x2x4x{size}", machine(*CPU))) == runs
+
+
+def test_every_runtime_has_at_most_one_that_runs() -> None:
+    for op, row in providers.PROVIDERS.items():
+        sizes = providers.parse_shape(op, row.dims.example)
+        answers = providers.explain(op, device="cpu", dtype="float32", sizes=sizes, at=machine(*CPU, *BARE))
+        running = [a.provider.runtime for a in answers if a.runs]
+        assert len(running) == len(set(running)) == 3
+        assert [a.provider for a in answers] == list(row.providers)
+        assert all(a.why for a in answers)
+
+
+# The command line.
+
+
+def test_the_list_names_every_op_and_whether_its_providers_are_here(run: Run) -> None:
+    code, out, err = run()
+    assert code == 0
+    assert all(op in out for op in OPS)
+    assert "onednn, kpdeploy, (reference)" in out
+    assert "without NVIDIA GPU" in out
+    assert "next: kpdeploy ops validate" in err
+
+
+def test_the_list_as_json_has_a_row_for_each_provider_of_an_op(run: Run) -> None:
+    code, out, err = run("--json")
+    assert (code, err) == (0, "")
+    rows = json.loads(out)["providers"]
+    assert len(rows) == sum(len(row.providers) for row in providers.PROVIDERS.values())
+    missing = {(r["provider"], r["device"]): r["reason"] for r in rows if not r["here"]}
+    assert missing["kpdeploy", "cuda"] == "without NVIDIA GPU"
+    assert all(r["library"] in ("", "kpdeploy/_core", *OPS[r["op"]].libraries) for r in rows)
+
+
+def test_explain_says_who_runs_and_why_the_others_do_not(run: Run) -> None:
+    call = ("linear_activation", "--device", "cpu", "--dtype", "f32", "--shape", "1024x384x1536")
+    code, out, err = run("explain", *call)
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == "linear_activation: 1024 rows, 384 inputs, 1536 outputs; float32 on cpu"
+    assert any(line.startswith("torch onednn runs calls of more than 4 rows") for line in lines)
+    assert "torch kpdeploy onednn takes the call first" in lines
+    assert "torch cuda kpdeploy it is for cuda" in lines
+    assert "next: kpdeploy ops validate linear_activation" in err
+    code, out, err = run("explain", *call, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told["runs"] == {**OURS, "torch": "onednn"}
+    assert told["sizes"] == {"rows": 1024, "inputs": 384, "outputs": 1536}
+    assert run("--json", "explain", *call) == (0, out, "")
+
+
+def test_explain_tells_where_a_call_ends_in_an_error(run: Run) -> None:
+    code, _, err = run("explain", "rms_norm", "--dtype", "f16", "--shape", "4x8")
+    assert code == 0
+    assert "in torch nothing runs this call" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "said"),
+    [
+        (("linear-activaton",), UnknownName, "did you mean 'linear_activation'?"),
+        (("frobnicate",), UnknownName, "use one of attention, linear_activation"),
+        (("rms_norm", "--dtype", "f23"), UnknownName, "did you mean 'f32'?"),
+        (("rms_norm", "--dtype", "int8"), UnknownName, "use one of f32, bf16, f16"),
+        (("rms_norm", "--device", "cud"), UnknownName, "did you mean 'cuda'?"),
+        (("rms_norm", "--device", "tpu"), UnknownName, "use one of cpu, cuda"),
+        (("rms_norm", "--shape", "4"), ShapeMalformed, "it has 1 dims; the shape of rms_norm is rows x width"),
+        (("rms_norm", "--shape", "4x-1"), ShapeMalformed, "'-1' is no size"),
+        (("rms_norm", "--shape", "4xx8"), ShapeMalformed, "'' is no size"),
+        (("rms_norm", "--shape", "4x1.5"), ShapeMalformed, "'1.5' is no size"),
+        (("rms_norm", "--shape", "²x8"), ShapeMalformed, "'²' is no size"),
+        (("rms_norm", "--shape", "x".join(["9" * 5000, "8"])), ShapeMalformed, "is no size"),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_near_one(run: Run, words: tuple[str, ...], kind: Any, said: str) -> None:
+    given = words if "--shape" in words else (*words, "--shape", "4x8")
+    code, out, err = run("explain", *given)
+    assert (code, out) == (kind.exit_code, "")
+    assert said in err
+    code, out, _ = run("explain", *given, "--json")
+    assert code == kind.exit_code
+    assert json.loads(out)["error"]["kind"] == kind.__name__
+
+
+def test_a_name_may_be_written_as_one_types_it(run: Run) -> None:
+    assert run("explain", "RMS-norm", "--dtype", "Float32", "--shape", "4X8")[0] == 0
+
+
+def test_a_mistyped_subcommand_names_the_near_one(run: Run) -> None:
+    code, _, err = run("explian")
+    assert code == 2
+    assert "Did you mean 'explain'?" in err
+
+
+@pytest.mark.parametrize("name", ["explain", "validate"])
+def test_help_of_each_subcommand_teaches_with_an_example(run: Run, name: str) -> None:
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert "--json" in out
+    assert f"  kpdeploy ops {name} " in out
+    if name == "explain":
+        assert all(f"{' x '.join(row.dims.names)}" in out for row in providers.PROVIDERS.values())
+
+
+def test_validate_names_an_unknown_op_before_it_runs_anything(run: Run) -> None:
+    code, _, err = run("validate", "rms_nrm")
+    assert code == UnknownName.exit_code
+    assert "did you mean 'rms_norm'?" in err
+
+
+def test_validate_without_torch_says_so(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else find(name, *rest))
+    code, _, err = run("validate")
+    assert code == KernelsMissing.exit_code
+    assert "torch, which computes the references, is not installed" in err
+
+
+def test_the_ops_and_their_table_import_no_torch() -> None:
+    program = (
+        "import sys, kpdeploy.ops.providers, kpdeploy.ops.cases, kpdeploy.ops.calls, kpdeploy.ops.validate,"
+        " kpdeploy.cli.ops\nprint(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "onnx", "onnxruntime", "numpy", "rich"} & {n.split(".")[0] for n in done.stdout.split()}
