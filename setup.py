@@ -1,7 +1,8 @@
 """Everything is declared in pyproject.toml; this file builds the kernels (csrc/) with CMake and ninja.
 
 They are left out, and the package works without them, where KPDEPLOY_SKIP_KERNELS=1 or there is no C++ compiler.
-kpdeploy/lib/ then holds no library, and `kpdeploy.ops` says so. See csrc/BUILD.md.
+kpdeploy/lib/ then holds no library, and `kpdeploy.ops` says so. Kernels for NVIDIA GPUs join them where nvcc is, unless
+KPDEPLOY_CUDA=0. See csrc/BUILD.md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ def torch_folder() -> Path | None:
     return next((p for p in places if (p / "include/torch/csrc/stable/library.h").is_file()), None)
 
 
+def nvcc() -> Path | str:
+    """CUDA's compiler, or why there is none."""
+    if os.environ.get("KPDEPLOY_CUDA") == "0":
+        return "KPDEPLOY_CUDA=0"
+    found = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return Path(found) if found else "no nvcc on PATH or in /usr/local/cuda/bin"
+
+
 def put(files: Iterable[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -60,8 +69,12 @@ class BuildKernels(build_ext):
         torch = torch_folder()
         if torch is None:
             print("kpdeploy: no installed torch (2.10 or later) found; its adapter is left out", file=sys.stderr)
+        cuda = nvcc()
+        if isinstance(cuda, str):
+            print(f"kpdeploy: built without CUDA kernels: {cuda}", file=sys.stderr)
         configure = {
             "KPDEPLOY_TORCH": torch or "",
+            "KPDEPLOY_NVCC": "" if isinstance(cuda, str) else cuda,
             "KPDEPLOY_PYBIND11": pybind11.get_include(),
             "KPDEPLOY_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "KPDEPLOY_PYTHON_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),

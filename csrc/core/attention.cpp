@@ -13,7 +13,7 @@ constexpr int64_t kHeadSize = 256;
 
 struct Attention {
   Tensor query, key, value, out;
-  const int64_t* lengths;  // null: all keys
+  const int64_t* lengths;  // null: all keys; where the tensors are
   int64_t lengths_stride;
   int64_t heads, kv_heads, head_size;
   float scale;
@@ -24,12 +24,13 @@ struct Attention {
 
 void check_lengths(Attention& a, const kpdeploy_tensor* lengths) {
   if (!lengths) return;
-  if (lengths->device != KPDEPLOY_CPU) refuse_unsupported("lengths is not on the CPU");
+  same_device("lengths", *lengths, a.query);
   if (lengths->dtype != KPDEPLOY_I64) refuse("lengths is not int64");
   if (lengths->rank != 1 || lengths->sizes[0] != a.query.size(0))
     refuse("lengths has not the shape [%lld] of the batch", (long long)a.query.size(0));
   a.lengths = static_cast<const int64_t*>(lengths->data);
   a.lengths_stride = lengths->strides[0];
+  if (a.query.on_gpu()) return;  // the kernel looks at them
   for (int64_t b = 0; b < a.query.size(0); ++b)
     if (a.keys_of(b) < 0 || a.keys_of(b) > a.key.size(1))
       refuse("lengths[%lld] is %lld, with %lld keys", (long long)b, (long long)a.keys_of(b), (long long)a.key.size(1));
@@ -88,8 +89,29 @@ AttentionBlock block_of(const Attention& a, int64_t batch, int64_t head, int64_t
   return block;
 }
 
+void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
+  const auto grid = [](const Tensor& t) { return CudaGrid{t.data, t.stride(0), t.stride(1)}; };
+  CudaAttention c{};
+  c.query = grid(a.query);
+  c.key = grid(a.key);
+  c.value = grid(a.value);
+  c.out = grid(a.out);
+  c.lengths = a.lengths;
+  c.lengths_stride = a.lengths_stride;
+  c.batch = a.query.size(0);
+  c.queries = a.query.size(1);
+  c.keys = a.key.size(1);
+  c.heads = a.heads;
+  c.kv_heads = a.kv_heads;
+  c.head_size = a.head_size;
+  c.scale = a.scale;
+  c.causal = a.causal;
+  cuda_kernels()->attention[a.query.dtype](c, context->stream);
+}
+
 void attend(const kpdeploy_context* context, const Attention& a) {
   if (a.query.numel() == 0) return;
+  if (a.query.on_gpu()) return attend_on_gpu(context, a);
   const Kernels& k = kernels();
   const int64_t length = a.query.size(1);
   const bool few = a.query.size(0) * a.heads < 4 * context->threads;

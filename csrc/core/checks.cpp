@@ -70,11 +70,18 @@ std::string Tensor::shape() const {
 
 Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank) {
   if (!tensor) refuse("%s is missing", name);
-  if (tensor->device != KPDEPLOY_CPU) refuse_unsupported("%s is not on the CPU, and this build has CPU kernels", name);
+  const bool gpu = tensor->device == KPDEPLOY_CUDA;
+  if (tensor->device != KPDEPLOY_CPU && !gpu)
+    refuse_unsupported("%s is neither on the CPU nor on an NVIDIA GPU", name);
+  if (gpu && !cuda_kernels())
+    refuse_unsupported("%s is on a GPU, and this library was built without CUDA (csrc/BUILD.md)", name);
   if (tensor->rank < least_rank) refuse("%s has %d dims, not at least %d", name, tensor->rank, least_rank);
-  if (tensor->dtype != KPDEPLOY_F32 && tensor->dtype != KPDEPLOY_BF16)
-    refuse_unsupported("%s is %s; the CPU kernels take float32 and bfloat16", name, dtype_name(tensor->dtype));
-  Tensor t{name, static_cast<char*>(tensor->data), tensor->sizes, tensor->strides, tensor->rank, tensor->dtype};
+  const bool half = gpu && tensor->dtype == KPDEPLOY_F16;
+  if (tensor->dtype != KPDEPLOY_F32 && tensor->dtype != KPDEPLOY_BF16 && !half)
+    refuse_unsupported("%s is %s; the %s", name, dtype_name(tensor->dtype),
+                       gpu ? "CUDA kernels take float32, bfloat16 and float16" : "CPU kernels take float32 and bfloat16");
+  Tensor t{name,          static_cast<char*>(tensor->data), tensor->sizes, tensor->strides, tensor->rank, tensor->dtype,
+           tensor->device, tensor->device_index};
   for (int i = 0; i < t.rank; ++i)
     if (t.sizes[i] < 0) refuse("%s has a negative size: %s", name, t.shape().c_str());
   if (t.numel() > 0 && !t.data) refuse("%s has no data", name);
@@ -83,6 +90,7 @@ Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank) {
 }
 
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like) {
+  if (tensor) same_device(name, *tensor, like);
   const Tensor t = floats(name, tensor, least_rank);
   if (t.dtype != like.dtype)
     refuse("%s is %s, and %s is %s", name, dtype_name(t.dtype), like.name, dtype_name(like.dtype));
@@ -103,31 +111,42 @@ void same_sizes(const Tensor& a, const Tensor& b) {
   if (!same) refuse("%s is %s, and %s is %s", a.name, a.shape().c_str(), b.name, b.shape().c_str());
 }
 
-Rows::Rows(const Tensor& tensor) : data_(tensor.data), item_bytes_(tensor.item_bytes()) {
+void same_device(const char* name, const kpdeploy_tensor& tensor, const Tensor& like) {
+  const auto text = [](int device, int index) -> std::string {
+    return device == KPDEPLOY_CPU ? "the CPU" : device == KPDEPLOY_CUDA ? "GPU " + std::to_string(index) : "another device";
+  };
+  if (tensor.device != like.device || tensor.device_index != like.device_index)
+    refuse("%s is on %s, and %s on %s", name, text(tensor.device, tensor.device_index).c_str(), like.name,
+           text(like.device, like.device_index).c_str());
+}
+
+Rows::Rows(const Tensor& tensor) : item_bytes_(tensor.item_bytes()) {
+  walk_.data = tensor.data;
+  walk_.sizes[0] = 1;
   // From the outermost in; a dim joins the one before it where the two are one walk.
   for (int i = 0; i < tensor.rank - 1; ++i) {
     count_ *= tensor.sizes[i];
     if (tensor.sizes[i] == 1) continue;
-    if (dims_ > 0 && strides_[dims_ - 1] == tensor.strides[i] * tensor.sizes[i]) {
-      sizes_[dims_ - 1] *= tensor.sizes[i];
-      strides_[dims_ - 1] = tensor.strides[i];
+    if (walk_.dims > 0 && walk_.strides[walk_.dims - 1] == tensor.strides[i] * tensor.sizes[i]) {
+      walk_.sizes[walk_.dims - 1] *= tensor.sizes[i];
+      walk_.strides[walk_.dims - 1] = tensor.strides[i];
       continue;
     }
-    if (dims_ == kDims) refuse("%s has more than %d dims that are not one walk", tensor.name, kDims);
-    sizes_[dims_] = tensor.sizes[i];
-    strides_[dims_] = tensor.strides[i];
-    ++dims_;
+    if (walk_.dims == Walk::kDims) refuse("%s has more than %d dims that are not one walk", tensor.name, Walk::kDims);
+    walk_.sizes[walk_.dims] = tensor.sizes[i];
+    walk_.strides[walk_.dims] = tensor.strides[i];
+    ++walk_.dims;
   }
 }
 
 char* Rows::row(int64_t r) const {
-  if (dims_ <= 1) return data_ + r * strides_[0] * item_bytes_;
+  if (walk_.dims <= 1) return walk_.data + r * walk_.strides[0] * item_bytes_;
   int64_t offset = 0;
-  for (int i = dims_ - 1; i >= 0; --i) {
-    offset += r % sizes_[i] * strides_[i];
-    r /= sizes_[i];
+  for (int i = walk_.dims - 1; i >= 0; --i) {
+    offset += r % walk_.sizes[i] * walk_.strides[i];
+    r /= walk_.sizes[i];
   }
-  return data_ + offset * item_bytes_;
+  return walk_.data + offset * item_bytes_;
 }
 
 float* scratch(int slot, int64_t n) {

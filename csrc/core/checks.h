@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cuda.h"
 #include "isa.h"
 #include "kpdeploy.h"
 
@@ -42,7 +43,9 @@ struct Tensor {
   const int64_t* strides;
   int rank;
   int dtype;
+  int device, device_index;
 
+  bool on_gpu() const { return device == KPDEPLOY_CUDA; }
   int64_t size(int dim) const { return sizes[dim < 0 ? rank + dim : dim]; }
   int64_t stride(int dim) const { return strides[dim < 0 ? rank + dim : dim]; }
   int64_t numel() const;
@@ -50,29 +53,28 @@ struct Tensor {
   std::string shape() const;  // such as "[2, 3]"
 };
 
-// A CPU tensor of at least `least_rank`, of dtype f32 or bf16, its last dim contiguous.
+// A tensor of at least `least_rank`, its last dim contiguous, on a device and of a dtype that this build has kernels for.
 Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank);
-// As `floats`, with the dtype of `like`.
+// As `floats`, with the dtype and on the device of `like`.
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like);
 // A vector [n] of the dtype of `like`; null where the pointer is.
 const void* vector_of(const char* name, const kpdeploy_tensor* tensor, int64_t n, const Tensor& like);
 void same_sizes(const Tensor& a, const Tensor& b);
+void same_device(const char* name, const kpdeploy_tensor& tensor, const Tensor& like);
 
-// The leading dims of a tensor as rows: offset(r) is where row r starts, in bytes.
+// The leading dims of a tensor as rows: row(r) is where row r starts.
 class Rows {
  public:
   explicit Rows(const Tensor& tensor);
   int64_t count() const { return count_; }
   char* row(int64_t r) const;
   // Elements between two rows, where that is one number for all; -1 else.
-  int64_t stride() const { return dims_ <= 1 ? strides_[0] : -1; }
+  int64_t stride() const { return walk_.dims <= 1 ? walk_.strides[0] : -1; }
+  const Walk& walk() const { return walk_; }
 
  private:
-  static constexpr int kDims = 8;
-  char* data_;
+  Walk walk_{};
   int64_t item_bytes_, count_ = 1;
-  int dims_ = 0;
-  int64_t sizes_[kDims] = {1}, strides_[kDims] = {0};
 };
 
 // Tasks [0, tasks) on the injected pool. A task returns false where it found no memory.

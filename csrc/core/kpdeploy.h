@@ -2,7 +2,10 @@
  *
  * Every function checks ranks, sizes, dtypes and strides itself before it touches memory, and may be called from any
  * thread. Nothing is kept between calls but scratch memory. Outputs are allocated by the caller and must not overlap
- * any other tensor. Nothing here throws. */
+ * any other tensor. Nothing here throws.
+ *
+ * All tensors of a call are on one device: the CPU (float32, bfloat16) or one GPU (float32, bfloat16, float16). On a GPU
+ * a call returns when its kernel is queued on the stream; it allocates nothing and can be captured in a CUDA graph. */
 #ifndef KPDEPLOY_H
 #define KPDEPLOY_H
 
@@ -18,6 +21,7 @@ typedef enum {
   KPDEPLOY_BAD_ARGUMENT = 1,  /* a rank, size, dtype, stride or value that the op does not take */
   KPDEPLOY_UNSUPPORTED = 2,   /* a device or dtype for which this library was built without a kernel */
   KPDEPLOY_OUT_OF_MEMORY = 3,
+  KPDEPLOY_DEVICE_ERROR = 4,  /* CUDA refused a launch, or reported an earlier failure */
 } kpdeploy_status;
 
 typedef enum {
@@ -46,6 +50,7 @@ typedef struct {
   int32_t rank;
   int32_t dtype;  /* kpdeploy_dtype */
   int32_t device; /* kpdeploy_device */
+  int32_t device_index; /* which GPU; 0 on the CPU */
 } kpdeploy_tensor;
 
 typedef struct {
@@ -53,7 +58,7 @@ typedef struct {
   void (*parallel_for)(void* pool, int64_t tasks, void (*task)(void* argument, int64_t index), void* argument);
   void* pool;
   int32_t threads; /* how many threads the pool has, about */
-  void* stream;   /* cudaStream_t, where the tensors are on a GPU */
+  void* stream;   /* cudaStream_t, where the tensors are on a GPU; their device is then the current one */
   char* message;  /* receives why a call was refused */
   size_t message_bytes;
 } kpdeploy_context;
@@ -63,7 +68,8 @@ typedef struct {
  * query [B, Sq, heads*D], key and value [B, Sk, kv_heads*D], out [B, Sq, heads*D]; D is 1 to 256. lengths (NULL: all
  * keys): int64 [B], 0 <= lengths[b] <= Sk, the number of leading keys of row b that count. It bounds the keys only:
  * every query row is computed, since Sq = Sk does not tell a self-attention from a cross-attention. causal: query i
- * sees keys j <= i + Sk - Sq. A query that sees no key gives 0. */
+ * sees keys j <= i + Sk - Sq. A query that sees no key gives 0. On a GPU the host does not see the lengths: one that is
+ * out of range gives NaN in its row. */
 int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
                        const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
                        double scale, int causal, const kpdeploy_tensor* out);
@@ -120,6 +126,9 @@ int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor
 
 /* The activation of a name (none, relu, gelu, gelu_tanh, silu), or -1. */
 int kpdeploy_activation_of(const char* name);
+
+/* Whether this library was built with CUDA kernels: 1 or 0. It says nothing of GPUs. */
+int kpdeploy_cuda(void);
 
 /* The instruction set whose kernels run: "avx512", "avx2" or "baseline"; the best that this CPU has. */
 const char* kpdeploy_isa(void);

@@ -183,9 +183,32 @@ void multiply_panels(const kpdeploy_context* context, const Product& product, in
   });
 }
 
+void multiply_on_gpu(const kpdeploy_context* context, const Linear& l) {
+  const Rows x(l.x), out(l.out);
+  const auto matrix = [](const Weight& w) {
+    return w.n < 0 ? CudaMatrix{} : CudaMatrix{w.plain->data, w.plain->stride(0)};
+  };
+  CudaLinear c{};
+  c.x = x.walk();
+  c.out = out.walk();
+  c.weight = matrix(l.weight);
+  c.gate = matrix(l.gate);
+  c.bias = l.bias;
+  c.rows = out.count();
+  c.n = l.weight.n;
+  c.k = l.weight.k;
+  c.activation = l.activation;
+  c.gated = l.gate.n >= 0;
+  cuda_kernels()->linear[l.x.dtype](c, context->stream);
+}
+
 void multiply(const kpdeploy_context* context, const Linear& l) {
   if (l.out.numel() == 0) return;
   const bool packed = l.weight.panels != nullptr;
+  if (l.x.on_gpu()) {
+    if (packed) refuse("x is on a GPU, and the weight was packed for the CPU");
+    return multiply_on_gpu(context, l);
+  }
   if (Rows(l.out).stride() < 0) refuse("out %s is not laid out by one stride", l.out.shape().c_str());
   if (!packed && Rows(l.x).count() <= kDotRows) return multiply_few(context, l);
 
@@ -301,6 +324,7 @@ int kpdeploy_pack_weight(const kpdeploy_context* context, const kpdeploy_tensor*
   return guarded(context, "pack_weight", [&] {
     const Tensor w = floats("weight", weight, 2);
     if (w.rank != 2) refuse("weight is %s, not [N, K]", w.shape().c_str());
+    if (w.on_gpu()) refuse("weight is on a GPU; packing is for the CPU");
     const int64_t panels = blocks(w.size(0), kernels().panel_columns);
     const size_t bytes = blocks(panels * kernels().panel_columns * w.size(1) * 4 + 64, 64) * 64;
     std::unique_ptr<kpdeploy_packed_weight> made(new kpdeploy_packed_weight{w.size(0), w.size(1), w.dtype,
@@ -324,6 +348,10 @@ int kpdeploy_bias_activation(const kpdeploy_context* context, const kpdeploy_ten
     const void* b = vector_of("bias", bias, n, in);
     if (in.numel() == 0) return;
     const Rows in_rows(in), out_rows(o);
+    if (in.on_gpu()) {
+      const CudaElementwise c{in_rows.walk(), {}, out_rows.walk(), b, in_rows.count(), n, activation};
+      return cuda_kernels()->activate[in.dtype](c, context->stream);
+    }
     const int64_t per_task = std::max<int64_t>(1, (16 << 10) / n);
     parallel(context, blocks(in_rows.count(), per_task), [&](int64_t task) {
       for (int64_t r = task * per_task; r < std::min(in_rows.count(), (task + 1) * per_task); ++r)
@@ -341,6 +369,10 @@ int kpdeploy_gate(const kpdeploy_context* context, const kpdeploy_tensor* gate, 
     same_sizes(o, g);
     if (g.numel() == 0) return;
     const Rows gates(g), ups(u), outs(o);
+    if (g.on_gpu()) {
+      const CudaElementwise c{ups.walk(), gates.walk(), outs.walk(), nullptr, gates.count(), g.size(-1), KPDEPLOY_NONE};
+      return cuda_kernels()->activate[g.dtype](c, context->stream);
+    }
     const int64_t n = g.size(-1), per_task = std::max<int64_t>(1, (16 << 10) / n);
     parallel(context, blocks(gates.count(), per_task), [&](int64_t task) {
       for (int64_t r = task * per_task; r < std::min(gates.count(), (task + 1) * per_task); ++r)

@@ -30,6 +30,21 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
   if (x.numel() == 0) return;
 
   const Rows x_rows(x), residual_rows(residual), out_rows(out), sum_rows(sum);
+  if (x.on_gpu()) {
+    CudaNorm c{};
+    c.x = x_rows.walk();
+    c.residual = residual_rows.walk();
+    c.normalized = out_rows.walk();
+    c.sum = sum_rows.walk();
+    c.weight = weight;
+    c.bias = bias;
+    c.rows = x_rows.count();
+    c.n = n;
+    c.eps = static_cast<float>(norm.eps);
+    c.rms = norm.rms;
+    c.adds = norm.residual != nullptr;
+    return cuda_kernels()->norm[x.dtype](c, context->stream);
+  }
   const bool f32 = x.dtype == KPDEPLOY_F32;
   const auto norm_row = kernels().norm_row[x.dtype];
   const int64_t per_task = std::max<int64_t>(1, kTaskBytes / (n * x.item_bytes() * (norm.sum ? 4 : 2)));

@@ -1,6 +1,7 @@
 // Registration of the ops in ONNX Runtime, domain com.kpdeploy, over the kernels' C ABI. Exports RegisterCustomOps only.
 //
-// Each op is registered for float32 and for bfloat16. Weights that are constant are packed when a session is made.
+// Each op is registered for the CPU in float32 and bfloat16, and for the CUDA provider, where this library was built with
+// CUDA, in float16 too. Weights that are constant are packed for the CPU when a session is made.
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
@@ -8,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "kpdeploy.h"
@@ -17,13 +19,14 @@ namespace {
 using Type = ONNXTensorElementDataType;
 constexpr Type kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr Type kBFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+constexpr Type kFloat16 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 constexpr Type kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 
 int dtype_of(Type type) {
   switch (type) {
     case kFloat: return KPDEPLOY_F32;
     case kBFloat16: return KPDEPLOY_BF16;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return KPDEPLOY_F16;
+    case kFloat16: return KPDEPLOY_F16;
     case kInt64: return KPDEPLOY_I64;
     default: return KPDEPLOY_OTHER;
   }
@@ -31,11 +34,12 @@ int dtype_of(Type type) {
 
 // A view for the C ABI of a tensor of ONNX Runtime, which are all contiguous.
 struct View {
-  View(std::vector<int64_t> shape, Type type, const void* data) : sizes(std::move(shape)), strides(sizes.size()) {
+  View(std::vector<int64_t> shape, Type type, const void* data, kpdeploy_device device)
+      : sizes(std::move(shape)), strides(sizes.size()) {
     int64_t stride = 1;
     for (size_t i = sizes.size(); i-- > 0; stride *= sizes[i]) strides[i] = stride;
-    view = {const_cast<void*>(data), sizes.data(),    strides.data(), static_cast<int32_t>(sizes.size()),
-            dtype_of(type),          KPDEPLOY_CPU};
+    view = {const_cast<void*>(data), sizes.data(), strides.data(), static_cast<int32_t>(sizes.size()),
+            dtype_of(type),          device,       0};
   }
   View(const View&) = delete;
   operator const kpdeploy_tensor*() const { return &view; }
@@ -45,9 +49,9 @@ struct View {
 };
 
 template <class Value>
-std::unique_ptr<View> view_of(const Value& value) {
+std::unique_ptr<View> view_of(const Value& value, kpdeploy_device device) {
   const auto info = value.GetTensorTypeAndShapeInfo();
-  return std::make_unique<View>(info.GetShape(), info.GetElementType(), value.GetTensorRawData());
+  return std::make_unique<View>(info.GetShape(), info.GetElementType(), value.GetTensorRawData(), device);
 }
 
 // ONNX Runtime does not tell the size of its pool.
@@ -61,10 +65,12 @@ class Run {
  public:
   // `kinds` as in kInputs below. An empty optional tensor counts as absent: a function body of ONNX, which stands in for
   // an op where this library is not, cannot ask whether an input was left out.
-  Run(OrtKernelContext* context, const char* kinds) : raw_(context), context_(context) {
+  // ONNX Runtime brings all of them to the device of the provider, and makes that one current.
+  Run(OrtKernelContext* context, const char* kinds, kpdeploy_device device)
+      : raw_(context), context_(context), device_(device) {
     for (size_t i = 0; i < context_.GetInputCount(); ++i) {
       const Ort::ConstValue value = context_.GetInput(i);
-      inputs_.push_back(value == nullptr ? nullptr : view_of(value));
+      inputs_.push_back(value == nullptr ? nullptr : view_of(value, device));
       if (inputs_[i] && kinds[i] != 'T' && inputs_[i]->sizes == std::vector<int64_t>{0}) inputs_[i] = nullptr;
     }
   }
@@ -77,7 +83,7 @@ class Run {
 
   const kpdeploy_tensor* output(size_t i, const std::vector<int64_t>& sizes) {
     Ort::UnownedValue value = context_.GetOutput(i, sizes);
-    outputs_.push_back(view_of(value));
+    outputs_.push_back(view_of(value, device_));
     return *outputs_.back();
   }
 
@@ -91,7 +97,8 @@ class Run {
   template <class Call>
   void call(const Call& body) const {
     char message[512] = "";
-    const kpdeploy_context context{parallel_for, raw_, machine_threads(), nullptr, message, sizeof message};
+    void* const stream = device_ == KPDEPLOY_CUDA ? context_.GetGPUComputeStream() : nullptr;
+    const kpdeploy_context context{parallel_for, raw_, machine_threads(), stream, message, sizeof message};
     if (body(&context) != KPDEPLOY_OK) throw Ort::Exception(message, ORT_INVALID_ARGUMENT);
   }
 
@@ -107,23 +114,25 @@ class Run {
 
   OrtKernelContext* raw_;
   Ort::KernelContext context_;
+  kpdeploy_device device_;
   std::vector<std::unique_ptr<View>> inputs_, outputs_;
 };
 
-// A constant weight, packed; empty where the graph computes it.
+// A constant weight, packed; empty where the graph computes it, and on a GPU.
 class Packed {
  public:
-  Packed(const Ort::ConstKernelInfo& info, size_t input) {
+  Packed(const Ort::ConstKernelInfo& info, size_t input, kpdeploy_device device) {
+    if (device != KPDEPLOY_CPU) return;
     int constant = 0;
     const Ort::ConstValue value = info.GetTensorConstantInput(input, &constant);
     if (!constant) return;
     char message[512] = "";
     const kpdeploy_context context{nullptr, nullptr, 1, nullptr, message, sizeof message};
     kpdeploy_packed_weight* packed = nullptr;
-    if (kpdeploy_pack_weight(&context, *view_of(value), &packed) != KPDEPLOY_OK)
+    if (kpdeploy_pack_weight(&context, *view_of(value, device), &packed) != KPDEPLOY_OK)
       throw Ort::Exception(message, ORT_INVALID_ARGUMENT);
     packed_.reset(packed);
-    rows_ = view_of(value)->sizes[0];
+    rows_ = view_of(value, device)->sizes[0];
   }
   explicit operator bool() const { return packed_ != nullptr; }
   const kpdeploy_packed_weight* get() const { return packed_.get(); }
@@ -148,7 +157,7 @@ struct Attention {
   static constexpr const char* kName = "Attention";
   static constexpr const char* kInputs = "TTTl";
   static constexpr int kOutputs = 1;
-  explicit Attention(const Ort::ConstKernelInfo& info)
+  Attention(const Ort::ConstKernelInfo& info, kpdeploy_device)
       : heads(info.GetAttribute<int64_t>("heads")),
         kv_heads(info.GetAttribute<int64_t>("kv_heads")),
         causal(info.GetAttribute<int64_t>("causal")),
@@ -168,8 +177,9 @@ struct LinearActivation {
   static constexpr const char* kName = "LinearActivation";
   static constexpr const char* kInputs = "TTt";
   static constexpr int kOutputs = 1;
-  explicit LinearActivation(const Ort::ConstKernelInfo& info)
-      : activation(kpdeploy_activation_of(info.GetAttribute<std::string>("activation").c_str())), packed(info, 1) {
+  LinearActivation(const Ort::ConstKernelInfo& info, kpdeploy_device device)
+      : activation(kpdeploy_activation_of(info.GetAttribute<std::string>("activation").c_str())),
+        packed(info, 1, device) {
     if (activation < 0)
       throw Ort::Exception("com.kpdeploy:LinearActivation: activation is none of none, relu, gelu, gelu_tanh, silu",
                            ORT_INVALID_ARGUMENT);
@@ -189,7 +199,7 @@ struct GatedLinear {
   static constexpr const char* kName = "GatedLinear";
   static constexpr const char* kInputs = "TTT";
   static constexpr int kOutputs = 1;
-  explicit GatedLinear(const Ort::ConstKernelInfo& info) : gate(info, 1), up(info, 2) {}
+  GatedLinear(const Ort::ConstKernelInfo& info, kpdeploy_device device) : gate(info, 1, device), up(info, 2, device) {}
   void compute(Run& run) const {
     const kpdeploy_tensor* out = run.output(0, run.sizes_with_last(0, rows_of(up, run, 2)));
     run.call([&](const kpdeploy_context* c) {
@@ -204,7 +214,7 @@ struct LayerNorm {
   static constexpr const char* kName = "LayerNorm";
   static constexpr const char* kInputs = "TTt";
   static constexpr int kOutputs = 1;
-  explicit LayerNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  LayerNorm(const Ort::ConstKernelInfo& info, kpdeploy_device) : eps(info.GetAttribute<float>("eps")) {}
   void compute(Run& run) const {
     const kpdeploy_tensor* out = run.output(0, run.sizes(0));
     run.call([&](const kpdeploy_context* c) {
@@ -218,7 +228,7 @@ struct RmsNorm {
   static constexpr const char* kName = "RmsNorm";
   static constexpr const char* kInputs = "TT";
   static constexpr int kOutputs = 1;
-  explicit RmsNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  RmsNorm(const Ort::ConstKernelInfo& info, kpdeploy_device) : eps(info.GetAttribute<float>("eps")) {}
   void compute(Run& run) const {
     const kpdeploy_tensor* out = run.output(0, run.sizes(0));
     run.call([&](const kpdeploy_context* c) { return kpdeploy_rms_norm(c, run.input(0), run.input(1), eps, out); });
@@ -230,7 +240,7 @@ struct AddLayerNorm {
   static constexpr const char* kName = "AddLayerNorm";
   static constexpr const char* kInputs = "TTTt";
   static constexpr int kOutputs = 2;
-  explicit AddLayerNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  AddLayerNorm(const Ort::ConstKernelInfo& info, kpdeploy_device) : eps(info.GetAttribute<float>("eps")) {}
   void compute(Run& run) const {
     const kpdeploy_tensor* normalized = run.output(0, run.sizes(0));
     const kpdeploy_tensor* sum = run.output(1, run.sizes(0));
@@ -245,7 +255,7 @@ struct AddRmsNorm {
   static constexpr const char* kName = "AddRmsNorm";
   static constexpr const char* kInputs = "TTT";
   static constexpr int kOutputs = 2;
-  explicit AddRmsNorm(const Ort::ConstKernelInfo& info) : eps(info.GetAttribute<float>("eps")) {}
+  AddRmsNorm(const Ort::ConstKernelInfo& info, kpdeploy_device) : eps(info.GetAttribute<float>("eps")) {}
   void compute(Run& run) const {
     const kpdeploy_tensor* normalized = run.output(0, run.sizes(0));
     const kpdeploy_tensor* sum = run.output(1, run.sizes(0));
@@ -268,24 +278,26 @@ OrtStatusPtr status_of(const Body& body) noexcept {
   }
 }
 
-template <class Kernel>
+template <class Kernel, kpdeploy_device device>
 struct Computing : Kernel {
-  using Kernel::Kernel;
+  explicit Computing(const Ort::ConstKernelInfo& info) : Kernel(info, device) {}
   OrtStatusPtr ComputeV2(OrtKernelContext* context) const {
     return status_of([&] {
-      Run run(context, Kernel::kInputs);
+      Run run(context, Kernel::kInputs, device);
       Kernel::compute(run);
     });
   }
 };
 
-template <class Kernel, Type type>
-struct Op : Ort::CustomOpBase<Op<Kernel, type>, Computing<Kernel>, true> {
+template <class Kernel, Type type, kpdeploy_device device>
+struct Op : Ort::CustomOpBase<Op<Kernel, type, device>, Computing<Kernel, device>, true> {
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return status_of([&] { *kernel = new Computing<Kernel>(Ort::ConstKernelInfo(info)); });
+    return status_of([&] { *kernel = new Computing<Kernel, device>(Ort::ConstKernelInfo(info)); });
   }
   const char* GetName() const { return Kernel::kName; }
-  const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
+  const char* GetExecutionProviderType() const {
+    return device == KPDEPLOY_CUDA ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  }
   size_t GetInputTypeCount() const { return std::char_traits<char>::length(Kernel::kInputs); }
   Type GetInputType(size_t i) const { return Kernel::kInputs[i] == 'l' ? kInt64 : type; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
@@ -295,12 +307,16 @@ struct Op : Ort::CustomOpBase<Op<Kernel, type>, Computing<Kernel>, true> {
   Type GetOutputType(size_t) const { return type; }
 };
 
+template <class Kernel, kpdeploy_device device, Type... types>
+void add_for(Ort::CustomOpDomain& domain) {
+  static const std::tuple<Op<Kernel, types, device>...> ops;
+  std::apply([&](const auto&... op) { (domain.Add(&op), ...); }, ops);
+}
+
 template <class Kernel>
 void add(Ort::CustomOpDomain& domain) {
-  static const Op<Kernel, kFloat> f32;
-  static const Op<Kernel, kBFloat16> bf16;
-  domain.Add(&f32);
-  domain.Add(&bf16);
+  add_for<Kernel, KPDEPLOY_CPU, kFloat, kBFloat16>(domain);
+  if (kpdeploy_cuda()) add_for<Kernel, KPDEPLOY_CUDA, kFloat, kBFloat16, kFloat16>(domain);
 }
 
 // One domain for all sessions of the process.

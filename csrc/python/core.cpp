@@ -188,7 +188,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "CPU features, and the kernels on NumPy arrays (bfloat16 as uint16). Outputs are the caller's.";
   module.def("isa", [] { return std::string(kpdeploy_isa()); }, "The instruction set whose kernels run.");
   module.def("use_isa", use_isa, py::arg("name"), "Run the kernels of another: avx512, avx2 or baseline.");
-  module.def("cuda", [] { return false; }, "Whether this build holds CUDA kernels.");
+  module.def("cuda", [] { return kpdeploy_cuda() != 0; }, "Whether this build holds CUDA kernels.");
   module.def("attention", attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("lengths"),
              py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("causal"), py::arg("out"),
              py::arg("threads") = 1);

@@ -46,6 +46,7 @@ struct View {
                  : dtype == aoti_torch_dtype_int64()    ? KPDEPLOY_I64
                                                         : KPDEPLOY_OTHER;
     view.device = tensor.is_cpu() ? KPDEPLOY_CPU : tensor.is_cuda() ? KPDEPLOY_CUDA : KPDEPLOY_OTHER_DEVICE;
+    view.device_index = tensor.is_cpu() ? 0 : tensor.get_device_index();
   }
   operator const kpdeploy_tensor*() const { return defined ? &view : nullptr; }
   bool defined;
@@ -86,10 +87,45 @@ void on_torch_threads(void*, int64_t tasks, void (*task)(void*, int64_t), void* 
   if (workers <= 1 || torch_parallel_for(0, workers, 1, loop, &work) != AOTI_TORCH_SUCCESS) loop(0, 1, &work);
 }
 
+// torch's current stream of a GPU. The function is in libtorch_cuda.so, which a torch for CPUs lacks, and which the
+// process has loaded if there is a CUDA tensor in it.
+void* cuda_stream(int32_t device_index) {
+  using Stream = AOTITorchError(int32_t device_index, void** stream);
+  static auto* const current = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Stream*>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (!current) throw std::runtime_error("kpdeploy: this process holds no libtorch_cuda.so that tells its CUDA stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(current(device_index, &stream));
+  return stream;
+}
+
+// Makes the GPU of a tensor the current one, for as long as this lives; does nothing for the CPU's.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const View& view) {
+    if (view.view.device != KPDEPLOY_CUDA || !view.defined) return;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(view.view.device_index, &guard_));
+    stream_ = cuda_stream(view.view.device_index);
+  }
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  ~OnDeviceOf() {
+    if (guard_) aoti_torch_delete_device_guard(guard_);
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  DeviceGuardHandle guard_ = nullptr;
+  void* stream_ = nullptr;
+};
+
+// `first`: the op's first tensor, on whose device the others must be too.
 template <class Call>
-void run(const Call& call) {
+void run(const View& first, const Call& call) {
+  const OnDeviceOf device(first);
   char message[512] = "";
-  const kpdeploy_context context{on_torch_threads, nullptr, torch_threads(), nullptr, message, sizeof message};
+  const kpdeploy_context context{on_torch_threads, nullptr, torch_threads(), device.stream(), message, sizeof message};
   if (call(&context) != KPDEPLOY_OK) throw std::runtime_error(message);
 }
 
@@ -145,7 +181,7 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Optional lengths, int64
   Tensor out = dense_like(query);
   const View q(query), k(key), v(value), o(out);
   const OptionalView l(lengths);
-  run([&](const kpdeploy_context* c) {
+  run(q, [&](const kpdeploy_context* c) {
     return kpdeploy_attention(c, q, k, v, l, heads, kv_heads, scale, causal, o);
   });
   return out;
@@ -186,28 +222,28 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
   make_dense(bias);
   const View a(x), w(weight);
   const OptionalView b(bias);
-  run([&](const kpdeploy_context* c) { return kpdeploy_check_linear_activation(c, a, w, b, kind); });
-  if (onednn() && many_rows(x) && weight.numel() > 0) return onednn_linear(x, weight, bias, kind);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_check_linear_activation(c, a, w, b, kind); });
+  if (x.is_cpu() && onednn() && many_rows(x) && weight.numel() > 0) return onednn_linear(x, weight, bias, kind);
   Tensor out = empty(linear_sizes(x, weight), x);
   const View o(out);
-  run([&](const kpdeploy_context* c) { return kpdeploy_linear_activation(c, a, w, b, kind, o); });
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_linear_activation(c, a, w, b, kind, o); });
   return out;
 }
 
 Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
   make_dense(x, gate_weight, up_weight);
   const View a(x), g(gate_weight), u(up_weight);
-  run([&](const kpdeploy_context* c) { return kpdeploy_check_gated_linear(c, a, g, u); });
-  if (onednn() && many_rows(x) && up_weight.numel() > 0) {
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_check_gated_linear(c, a, g, u); });
+  if (x.is_cpu() && onednn() && many_rows(x) && up_weight.numel() > 0) {
     const Tensor gate = onednn_linear(x, gate_weight, std::nullopt, KPDEPLOY_NONE);
     const Tensor up = onednn_linear(x, up_weight, std::nullopt, KPDEPLOY_NONE);
     const View gv(gate), uv(up);
-    run([&](const kpdeploy_context* c) { return kpdeploy_gate(c, gv, uv, uv); });
+    run(gv, [&](const kpdeploy_context* c) { return kpdeploy_gate(c, gv, uv, uv); });
     return up;
   }
   Tensor out = empty(linear_sizes(x, up_weight), x);
   const View o(out);
-  run([&](const kpdeploy_context* c) { return kpdeploy_gated_linear(c, a, g, u, o); });
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_gated_linear(c, a, g, u, o); });
   return out;
 }
 
@@ -217,7 +253,7 @@ Tensor layer_norm(Tensor x, Tensor weight, Optional bias, double eps) {
   Tensor out = dense_like(x);
   const View a(x), w(weight), o(out);
   const OptionalView b(bias);
-  run([&](const kpdeploy_context* c) { return kpdeploy_layer_norm(c, a, w, b, eps, o); });
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_layer_norm(c, a, w, b, eps, o); });
   return out;
 }
 
@@ -225,7 +261,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   make_dense(x, weight);
   Tensor out = dense_like(x);
   const View a(x), w(weight), o(out);
-  run([&](const kpdeploy_context* c) { return kpdeploy_rms_norm(c, a, w, eps, o); });
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_rms_norm(c, a, w, eps, o); });
   return out;
 }
 
@@ -235,7 +271,7 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, Tensor residual, Tensor weig
   Tensor normalized = dense_like(x), sum = dense_like(x);
   const View a(x), r(residual), w(weight), n(normalized), s(sum);
   const OptionalView b(bias);
-  run([&](const kpdeploy_context* c) { return kpdeploy_add_layer_norm(c, a, r, w, b, eps, n, s); });
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_add_layer_norm(c, a, r, w, b, eps, n, s); });
   return {normalized, sum};
 }
 
@@ -243,7 +279,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
   make_dense(x, residual, weight);
   Tensor normalized = dense_like(x), sum = dense_like(x);
   const View a(x), r(residual), w(weight), n(normalized), s(sum);
-  run([&](const kpdeploy_context* c) { return kpdeploy_add_rms_norm(c, a, r, w, eps, n, s); });
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_add_rms_norm(c, a, r, w, eps, n, s); });
   return {normalized, sum};
 }
 
@@ -288,16 +324,19 @@ int is_other_copy(dl_phdr_info* info, size_t, void*) {
 
 // A failed call leaves a line of torch's on stderr; what is here says what it means.
 bool registered() {
-  TorchLibraryHandle definitions, kernels;
+  TorchLibraryHandle definitions;
   if (aoti_torch_library_init_fragment("kpdeploy", "kpdeploy", __LINE__, &definitions) != AOTI_TORCH_SUCCESS)
     return false;
   for (const Op& op : kOps)
     if (aoti_torch_library_def(definitions, op.schema) != AOTI_TORCH_SUCCESS) return false;
-  if (aoti_torch_library_init_impl("kpdeploy", "CPU", "kpdeploy", __LINE__, &kernels) != AOTI_TORCH_SUCCESS)
-    return false;
-  for (const Op& op : kOps)
-    if (torch_library_impl(kernels, op.name, op.boxed, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) return false;
-  return true;  // the two handles live as long as the process
+  for (const char* key : {"CPU", "CUDA"}) {
+    TorchLibraryHandle kernels;
+    if (aoti_torch_library_init_impl("kpdeploy", key, "kpdeploy", __LINE__, &kernels) != AOTI_TORCH_SUCCESS)
+      return false;
+    for (const Op& op : kOps)
+      if (torch_library_impl(kernels, op.name, op.boxed, TORCH_ABI_VERSION) != AOTI_TORCH_SUCCESS) return false;
+  }
+  return true;  // the handles live as long as the process
 }
 
 __attribute__((constructor)) void register_ops() {

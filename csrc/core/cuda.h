@@ -1,0 +1,74 @@
+// What the CUDA kernels are asked for, in plain values: checked by the .cpp files, which need no CUDA header.
+#pragma once
+
+#include <stdint.h>
+
+namespace kpdeploy {
+
+// Rows of a tensor, outermost dim first: with one dim or none, row r starts r * strides[0] elements after data.
+struct Walk {
+  static constexpr int kDims = 8;
+  char* data;
+  int32_t dims;
+  int64_t sizes[kDims], strides[kDims];
+};
+
+struct CudaNorm {
+  Walk x, residual, normalized, sum;  // residual and sum: only where it adds
+  const void* weight;
+  const void* bias;  // null: none
+  int64_t rows, n;
+  float eps;
+  bool rms, adds;
+};
+
+// [n][k], rows `stride` elements apart.
+struct CudaMatrix {
+  const void* data;
+  int64_t stride;
+};
+
+struct CudaLinear {
+  Walk x, out;
+  CudaMatrix weight, gate;
+  const void* bias;  // null: none
+  int64_t rows, n, k;
+  int activation;
+  bool gated;
+};
+
+// activation(x + bias), or with a gate SiLU(gate) * x.
+struct CudaElementwise {
+  Walk x, gate, out;  // gate.data null: none
+  const void* bias;   // null: none
+  int64_t rows, n;
+  int activation;
+};
+
+// [batch][row][heads * head_size], strides in elements.
+struct CudaGrid {
+  void* data;
+  int64_t batch_stride, row_stride;
+};
+
+struct CudaAttention {
+  CudaGrid query, key, value, out;
+  const int64_t* lengths;  // null: all keys
+  int64_t lengths_stride;
+  int64_t batch, queries, keys, heads, kv_heads, head_size;
+  float scale;
+  bool causal;
+};
+
+// Indexed by kpdeploy_dtype: F32, BF16, F16. Each queues one kernel on the stream, or throws a Refusal.
+struct CudaKernels {
+  void (*norm[3])(const CudaNorm&, void* stream);
+  void (*linear[3])(const CudaLinear&, void* stream);
+  void (*activate[3])(const CudaElementwise&, void* stream);
+  void (*attention[3])(const CudaAttention&, void* stream);
+};
+
+// Null where this library was built without CUDA.
+const CudaKernels* cuda_kernels();
+
+}  // namespace kpdeploy

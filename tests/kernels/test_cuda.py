@@ -1,0 +1,318 @@
+"""The CUDA kernels, through torch and through ONNX Runtime's CUDA provider, against the references in float64.
+
+They need an NVIDIA GPU. Elsewhere each test is skipped and says what was not run. benchmarks/cuda_kernels.py keeps what
+they found on a real one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kpdeploy.ops import OPS, Op, calls
+from kpdeploy.ops.cases import Arguments, Case, cases_of, error, to_dtype, tolerance
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PROVIDER = "CUDAExecutionProvider"
+
+
+@pytest.fixture
+def gpu(registered: None) -> None:
+    """A GPU, a torch that sees it, and a library with CUDA kernels."""
+    if not torch.cuda.is_available():
+        pytest.skip(f"NOT RUN: the CUDA kernels through torch {torch.__version__}, which sees no GPU here")
+    try:
+        torch.ops.kpdeploy.rms_norm(torch.ones(1, 1, device="cuda"), torch.ones(1, device="cuda"), 0.0)
+    except RuntimeError as refused:
+        if "built without CUDA" not in str(refused):
+            raise
+        pytest.skip(f"NOT RUN: the CUDA kernels, with a GPU in this machine: {refused}")
+
+
+@pytest.fixture
+def cuda_provider(gpu: None, onnx_library: str) -> str:
+    """The op library, where ONNX Runtime has its CUDA provider."""
+    import onnxruntime
+
+    if PROVIDER not in onnxruntime.get_available_providers():
+        pytest.skip(f"NOT RUN: the CUDA kernels through ONNX Runtime {onnxruntime.__version__}, without {PROVIDER}")
+    return onnx_library
+
+
+def on_gpu(arguments: Arguments) -> Arguments:
+    """The same tensors on the GPU, with their strides and where they start in their memory."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+        return memory.cuda().as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return tuple(one(value) for value in arguments)
+
+
+def gpu_cases(op: str) -> list[Case]:
+    """The cases of every device, and those that the CUDA kernels have ways of their own for."""
+    return [*cases_of(op), *((op, what, arguments) for what, arguments in OWN[op]())]
+
+
+def _norms(residual: bool, bias: bool) -> Iterator[tuple[str, Arguments]]:
+    torch.manual_seed(4)
+    for rows, n in ((4096, 1024), (33, 9001), (65, 16384), (300, 1032)):
+        x, r, w, b = torch.randn(rows, n), torch.randn(rows, n), torch.randn(n), torch.randn(n)
+        yield f"{rows}x{n}", (x, *((r,) if residual else ()), w, *((b,) if bias else ()), 1e-5)
+    x, r = torch.randn(2, 7, 65)[:, :, 1:], torch.randn(2, 7, 64)  # starts off every boundary
+    w, b = torch.randn(64), torch.randn(64)
+    yield "off boundary", (x, *((r,) if residual else ()), w, *((b,) if bias else ()), 1e-5)
+
+
+TILES = ((1600, 40, 1500), (1601, 37, 1501))
+"""Enough for large tiles, with chunks of 16 bytes and without."""
+
+
+def _linears(gated: bool) -> Iterator[tuple[str, Arguments]]:
+    torch.manual_seed(5)
+    shapes = (*TILES, (1024, 1024, 4096), (2000, 1003, 777), (1, 4096, 1024), (3, 4095, 1000), (128, 4096, 1024))
+    for rows, k, n in shapes:
+        x, w, b = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
+        yield f"{rows}x{k}x{n}", (x, torch.randn(n, k) / k**0.5, w) if gated else (x, w, b, "gelu")
+    x, w = torch.randn(40, 65)[:, 1:], torch.randn(72, 64)
+    yield "off boundary", (x, w, w * 0.5) if gated else (x, w, None, "silu")
+    x = torch.randn(3, 8, 5, 64).permute(2, 0, 1, 3)  # rows that no single stride describes
+    yield "rows in three strides", (x, w, w * 0.5) if gated else (x, w, None, "relu")
+
+
+def _attentions() -> Iterator[tuple[str, Arguments]]:
+    torch.manual_seed(6)
+    for batch, queries, keys, heads, kv_heads, size in (
+        (4, 2048, 2048, 8, 8, 128), (2, 1024, 1024, 8, 2, 64), (1, 300, 500, 2, 1, 256), (1, 70, 90, 2, 2, 200),
+        (2, 65, 65, 3, 1, 7), (1, 9, 33, 5, 5, 1), (3, 1, 1000, 8, 2, 128), (1, 4096, 100, 2, 2, 32),
+    ):  # fmt: skip
+        q, k, v = (torch.randn(batch, n, h * size) for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads)))
+        lengths = torch.randint(0, keys + 1, (2 * batch,))[::2]
+        what = f"{batch}x{queries}x{keys} {heads}/{kv_heads} heads of {size}"
+        yield what, (q, k, v, None, heads, kv_heads, size**-0.5, False)
+        yield f"{what}, lengths, causal", (q, k, v, lengths, heads, kv_heads, size**-0.5, True)
+    q, k, v = torch.randn(2, 50, 3 * 2 * 64 + 1)[:, :, 1:].chunk(3, dim=-1)
+    yield "off boundary", (q, k, v, torch.tensor([50, 13]), 2, 2, 0.14, False)
+
+
+OWN = {
+    "attention": _attentions,
+    "linear_activation": functools.partial(_linears, False),
+    "gated_linear": functools.partial(_linears, True),
+    "layer_norm": functools.partial(_norms, False, True),
+    "rms_norm": functools.partial(_norms, False, False),
+    "add_layer_norm": functools.partial(_norms, True, True),
+    "add_rms_norm": functools.partial(_norms, True, False),
+}
+
+
+def tuple_of(value: Any) -> tuple[torch.Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def size_of(arguments: Arguments) -> int:
+    return sum(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+
+
+def expected(op: Op, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+    """The float64 reference, on the CPU; of large calls on the GPU."""
+    large = size_of(arguments) > 1_000_000
+    return tuple(ref.cpu() for ref in calls.reference(op, on_gpu(arguments) if large else arguments))
+
+
+@contextlib.contextmanager
+def outputs_poisoned() -> Iterator[None]:
+    """Memory that torch allocates holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with fill_uninitialized_memory, on by default
+    try:
+        assert torch.empty_strided((99,), (1,), device="cuda").isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def through_torch(op: Op, arguments: Arguments) -> tuple[torch.Tensor, ...]:
+    moved = on_gpu(arguments)
+    with outputs_poisoned():
+        outs = getattr(torch.ops.kpdeploy, op.name)(*moved)
+    return tuple(out.cpu() for out in tuple_of(outs))
+
+
+@functools.lru_cache(maxsize=8)
+def session_of(model: bytes, library: str, provider: str = PROVIDER) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(provider == PROVIDER)))
+    options.register_custom_ops_library(library)
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def through_onnxruntime(op: Op, arguments: Arguments, library: str, constant: bool = False) -> tuple[torch.Tensor, ...]:
+    """Inputs and outputs are torch's memory on the GPU; the outputs held NaN."""
+    from onnx import TensorProto
+
+    kinds = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
+    session = session_of(calls.onnx_model(op, arguments, constant=constant), library)
+    dense = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
+    tensors = [a for a in on_gpu(dense) if isinstance(a, torch.Tensor) or a is None]
+    fakes = op.fake(*dense)
+    outs = [torch.full(f.shape, torch.nan, dtype=f.dtype, device="cuda") for f in tuple_of(fakes)]
+    spare = torch.empty(1, device="cuda")  # an empty tensor has no address, and ONNX Runtime wants one
+    binding = session.io_binding()
+    wanted = {entry.name for entry in session.get_inputs()}
+    for index, tensor in enumerate(tensors):
+        if f"i{index}" in wanted:
+            kind = kinds.get(tensor.dtype, TensorProto.INT64)
+            address = tensor.data_ptr() or spare.data_ptr()
+            binding.bind_input(f"i{index}", "cuda", 0, kind, tuple(tensor.shape), address)
+    for index, out in enumerate(outs):
+        address = out.data_ptr() or spare.data_ptr()
+        binding.bind_output(f"o{index}", "cuda", 0, kinds[out.dtype], tuple(out.shape), address)
+    torch.cuda.synchronize()
+    session.run_with_iobinding(binding)
+    binding.synchronize_outputs()
+    return tuple(out.cpu() for out in outs)
+
+
+def worst(outs: tuple[torch.Tensor, ...], refs: tuple[torch.Tensor, ...]) -> float:
+    return max(error(out, ref) for out, ref in zip(outs, refs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+def test_torch_gives_the_reference(name: str, dtype: str, gpu: None) -> None:
+    for _, what, plain in gpu_cases(name):
+        arguments = to_dtype(plain, DTYPES[dtype])
+        outs = through_torch(OPS[name], arguments)
+        assert all(out.dtype == DTYPES[dtype] for out in outs)
+        assert worst(outs, expected(OPS[name], arguments)) <= tolerance("kpdeploy", dtype, what), what
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["inputs", "constants"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPS)
+def test_onnx_runtime_gives_the_reference(name: str, dtype: str, constant: bool, cuda_provider: str) -> None:
+    for _, what, plain in gpu_cases(name)[:: 4 if constant else 1]:
+        arguments = to_dtype(plain, DTYPES[dtype])
+        outs = through_onnxruntime(OPS[name], arguments, cuda_provider, constant)
+        assert worst(outs, expected(OPS[name], arguments)) <= tolerance("kpdeploy", dtype, what), what
+
+
+def one_of(name: str, dtype: torch.dtype = torch.float32) -> Arguments:
+    """An ordinary call of an op, on the GPU."""
+    small = (case for case in cases_of(name) if case[2][0].numel() < 3000)
+    return on_gpu(to_dtype(max(small, key=lambda case: case[2][0].numel())[2], dtype))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name: str, gpu: None) -> None:
+    torch.library.opcheck(getattr(torch.ops.kpdeploy, name).default, one_of(name, torch.float16))
+
+
+def test_ops_run_on_the_current_stream_after_what_is_queued_there(gpu: None) -> None:
+    stream, x, w = torch.cuda.Stream(), torch.zeros(64, 512, device="cuda"), torch.ones(512, device="cuda")
+    busy = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(20):
+            busy = busy @ busy / 64
+        x.copy_(torch.arange(512.0, device="cuda").expand(64, 512))
+        out = torch.ops.kpdeploy.rms_norm(x, w, 0.0)
+    stream.synchronize()
+    assert error(out.cpu(), calls.reference(OPS["rms_norm"], (x.cpu(), w.cpu(), 0.0))[0]) < 2e-6
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_cuda_graph_replays_an_op(name: str, gpu: None) -> None:
+    arguments = one_of(name)
+    op = getattr(torch.ops.kpdeploy, name)
+    op(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(*arguments)
+    arguments[0].mul_(0.5)
+    graph.replay()
+    wanted = op(*arguments)
+    for out, ref in zip(tuple_of(captured), tuple_of(wanted), strict=True):
+        assert torch.equal(out, ref)
+
+
+def test_a_second_gpu_is_made_current(gpu: None) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NOT RUN: kernels on a GPU that is not the current one: this machine has one")
+    x, w = torch.randn(8, 64, device="cuda:1"), torch.randn(64, device="cuda:1")
+    out = torch.ops.kpdeploy.rms_norm(x, w, 1e-6)
+    assert torch.cuda.current_device() == 0
+    assert error(out.cpu(), calls.reference(OPS["rms_norm"], (x.cpu(), w.cpu(), 1e-6))[0]) < 2e-6
+    with pytest.raises(RuntimeError, match="weight is on GPU 0, and x on GPU 1"):
+        torch.ops.kpdeploy.rms_norm(x, w.to("cuda:0"), 1e-6)
+
+
+def test_keys_beyond_the_length_are_not_read(gpu: None) -> None:
+    for dtype in DTYPES.values():
+        q, k, v = torch.randn(3, 2, 40, 64, device="cuda", dtype=dtype)
+        lengths = torch.tensor([40, 11], device="cuda")
+        clean = torch.ops.kpdeploy.attention(q, k, v, lengths, 2, 2, 0.2, False)
+        k[1, 11:] = torch.nan
+        v[1, 11:] = torch.nan
+        assert torch.equal(torch.ops.kpdeploy.attention(q, k, v, lengths, 2, 2, 0.2, False), clean)
+
+
+@pytest.mark.parametrize("wrong", [-1, 6])
+def test_a_length_out_of_range_gives_nan_in_its_row_alone(wrong: int, gpu: None) -> None:
+    for dtype in DTYPES.values():
+        q, k, v = torch.randn(3, 2, 5, 64, device="cuda", dtype=dtype)
+        lengths = torch.tensor([wrong, 5], device="cuda")
+        out = torch.ops.kpdeploy.attention(q, k, v, lengths, 2, 2, 0.2, False)
+        assert out[0].isnan().all()
+        assert torch.equal(out[1], torch.ops.kpdeploy.attention(q, k, v, None, 2, 2, 0.2, False)[1])
+
+
+X, W = torch.ones(4, 8), torch.ones(6, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "moved", "message"),
+    [
+        ("linear_activation", (X, W[:, :5], None, "gelu"), "01", "weight is [6, 5], which does not fit x [4, 8]"),
+        ("linear_activation", (X, W, X[0], "gelu"), "012", "bias is [8]; [6] fits"),
+        ("linear_activation", (X, W, None, "tanh"), "01", "activation is none of"),
+        ("linear_activation", (X, W.half(), None, "gelu"), "01", "weight is float16, and x is float32"),
+        ("linear_activation", (X, W, None, "gelu"), "0", "weight is on the CPU, and x on GPU 0"),
+        ("linear_activation", (X, W, None, "gelu"), "1", "weight is on GPU 0, and x on the CPU"),
+        ("gated_linear", (X, W, W[:3]), "012", "gate_weight is [6, 8], and up_weight is [3, 8]"),
+        ("rms_norm", (X.double(), X[0].double(), 1e-5), "01", "the CUDA kernels take float32, bfloat16 and float16"),
+        ("add_layer_norm", (X, X, X[0], None, 1e-5), "02", "residual is on the CPU, and x on GPU 0"),
+        ("attention", (X, X, X, None, 2, 2, 1.0, False), "012", "query has 2 dims, not at least 3"),
+        ("attention", (X[None], X[None], X[None], torch.tensor([4]), 2, 2, 1.0, False), "012",
+         "lengths is on the CPU, and query on GPU 0"),
+        ("attention", (X[None], X[None], X[None], torch.tensor([4, 4]), 2, 2, 1.0, False), "0123", "lengths has not"),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_one_clear_error(name: str, arguments: Arguments, moved: str, message: str, gpu: None) -> None:
+    """`moved`: which arguments are on the GPU."""
+    given = [on_gpu((a,))[0] if str(i) in moved else a for i, a in enumerate(arguments)]
+    with pytest.raises(RuntimeError) as raised:
+        getattr(torch.ops.kpdeploy, name)(*given)
+    assert message in str(raised.value)
+    assert torch.ones(1, device="cuda").item() == 1  # the process and its GPU go on
+
+
+def test_wrong_use_in_onnx_runtime_is_one_clear_error(cuda_provider: str) -> None:
+    with pytest.raises(Exception, match=r"weight is \[6, 5\], which does not fit x \[4, 8\]"):
+        through_onnxruntime(OPS["linear_activation"], (X, W[:, :5], None, "gelu"), cuda_provider)
+
+
+def test_float16_needs_the_cuda_provider(cuda_provider: str) -> None:
+    model = calls.onnx_model(OPS["rms_norm"], (X.half(), X[0].half(), 1e-5))
+    with pytest.raises(Exception, match="RmsNorm"):
+        session_of(model, cuda_provider, "CPUExecutionProvider")
