@@ -22,7 +22,15 @@ from kpdeploy.ops.rms_norm import RMS_NORM
 
 OPS: dict[str, Op] = {
     op.name: op
-    for op in (ATTENTION, LINEAR_ACTIVATION, GATED_LINEAR, LAYER_NORM, RMS_NORM, ADD_LAYER_NORM, ADD_RMS_NORM)
+    for op in (
+        ATTENTION,
+        LINEAR_ACTIVATION,
+        GATED_LINEAR,
+        LAYER_NORM,
+        RMS_NORM,
+        ADD_LAYER_NORM,
+        ADD_RMS_NORM,
+    )
 }
 
 __all__ = ["NAMESPACE", "ONNX_DOMAIN", "OPS", "Op", "register"]

@@ -44,11 +44,19 @@ def poisoned_memory() -> Iterator[bool]:
 
 
 def through_torch(op: Op, arguments: Arguments, device: str = "cpu") -> tuple[Tensor, ...]:
-    """torch.ops.kpdeploy.<op>; results are on the CPU."""
+    """torch.ops.kpdeploy.<op> on a device; results are on the CPU."""
+    moved = (_moved(a, device) for a in arguments)
+    return tuple(out.cpu() for out in _tuple(getattr(getattr(torch.ops, NAMESPACE), op.name)(*moved)))
+
+
+def _moved(value: Any, device: str) -> Any:
+    """A tensor of the CPU on another device, with its strides and what lies between its rows."""
     import torch
 
-    moved = (a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
-    return tuple(out.cpu() for out in _tuple(getattr(getattr(torch.ops, NAMESPACE), op.name)(*moved)))
+    if device == "cpu" or not isinstance(value, torch.Tensor):
+        return value
+    memory = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
+    return memory.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def direct(op: Op, arguments: Arguments, **options: Any) -> tuple[Tensor, ...]:
