@@ -45,6 +45,8 @@ def poisoned_memory() -> Iterator[bool]:
 
 def through_torch(op: Op, arguments: Arguments, device: str = "cpu") -> tuple[Tensor, ...]:
     """torch.ops.kpdeploy.<op> on a device; results are on the CPU."""
+    import torch
+
     moved = (_moved(a, device) for a in arguments)
     return tuple(out.cpu() for out in _tuple(getattr(getattr(torch.ops, NAMESPACE), op.name)(*moved)))
 
