@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ from kpdeploy.errors import ExportFailed
 from kpdeploy.export import custom_ops
 
 if TYPE_CHECKING:
+    import torch
+
     from kpdeploy.export.capture import Capture
 
 INLINE_BYTES = 16_000_000
@@ -31,11 +35,11 @@ def export(capture: Capture, folder: Path) -> None:
     from kpdeploy.export.capture import quiet, reason
 
     try:
-        with quiet():
+        with quiet(), _laid_out(capture.widened) as source:
             import torch
 
             program = torch.onnx.export(
-                capture.widened,
+                source,
                 dynamo=True,
                 opset_version=custom_ops.OPSET,
                 custom_translation_table=dict(custom_ops.translations()),
@@ -57,6 +61,32 @@ def export(capture: Capture, folder: Path) -> None:
             why=reason(error.__cause__ or error),
             next_step="try another format: --format openvino, torchscript or pt2",
         ) from None
+
+
+@contextmanager
+def _laid_out(program: torch.export.ExportedProgram) -> Iterator[torch.export.ExportedProgram]:
+    """The program with a copy after each attention, until the context ends.
+
+    The exporter runs the graph in several passes, in which attention's result has different strides: a view that was
+    right in one is refused in the next. The copies become Identity, and go.
+    """
+    import torch
+
+    added = []
+    for node in program.graph.nodes:
+        if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+            with program.graph.inserting_after(node):
+                kept = {"memory_format": torch.contiguous_format}
+                copy = program.graph.call_function(torch.ops.aten.clone.default, (node,), kept)
+            copy.meta = dict(node.meta)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            added.append((node, copy))
+    try:
+        yield program
+    finally:
+        for node, copy in added:
+            copy.replace_all_uses_with(node)
+            program.graph.erase_node(copy)
 
 
 def _copy(path: Path, folder: Path) -> None:

@@ -20,7 +20,13 @@ def load(
         torch.ops.load_library(library)
     from torch._inductor import aoti_load_package  # slow to import, only needed here
 
-    module = aoti_load_package(path)
+    try:
+        module = aoti_load_package(path)
+    except RuntimeError as error:
+        if "kpdeploy::" not in str(error):
+            raise
+        why = "the model calls fused ops, whose kernels are in libkpdeploy_torch.so"
+        raise RuntimeError(f"{why}: load that first (op_libraries, torch.ops.load_library or LD_PRELOAD)") from None
 
     def run(arrays: Arrays) -> Arrays:
         # AOTInductor reads strides of the capture: other strides give wrong answers, silently.

@@ -18,7 +18,13 @@ def load(
         torch.set_num_threads(threads)
     for library in settings.get("op_libraries", ()):
         torch.ops.load_library(library)
-    module = torch.jit.load(path, map_location="cpu").eval()
+    try:
+        module = torch.jit.load(path, map_location="cpu").eval()
+    except RuntimeError as error:
+        if "kpdeploy::" not in str(error):
+            raise
+        why = "the model calls fused ops, whose kernels are in libkpdeploy_torch.so"
+        raise RuntimeError(f"{why}: load that first (op_libraries, torch.ops.load_library or LD_PRELOAD)") from None
 
     def run(arrays: Arrays) -> Arrays:
         with torch.inference_mode():

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
 
 from kpdeploy.compare import relative_error
 from kpdeploy.decision import Skipped
+from kpdeploy.export import FORMATS, Capture
 from kpdeploy.export.capture import settle_axes
 from kpdeploy.inputs import proof_points, sample
 from kpdeploy.load import Request
@@ -20,6 +25,7 @@ from kpdeploy.load.describe import model_from_module
 from kpdeploy.load.flat import Flat
 from kpdeploy.load.huggingface import describe_transformer
 from kpdeploy.model import Model
+from kpdeploy.ops import ONNX_DOMAIN, OPS
 from kpdeploy.optimize import Fused, fuse
 from kpdeploy.signature import parse_inputs
 
@@ -55,9 +61,13 @@ def model(config: str, small: Mapping[str, Any], kind: str = "AutoModel") -> Mod
     return settle_axes(described, stated=False)
 
 
+def captured_again(before: Model, fused: Fused) -> Model:
+    return settle_axes(replace(before, module=Flat(fused.module, None), program=None), stated=False)
+
+
 def answers_alike(before: Model, fused: Fused) -> None:
     """The fused module gives the model's answers, captured again with the same axes."""
-    again = settle_axes(replace(before, module=Flat(fused.module, None), program=None), stated=False)
+    again = captured_again(before, fused)
     assert again.signature == before.signature
     assert again.program is not None
     assert before.module is not None
@@ -113,6 +123,23 @@ def test_real_architectures_fuse_exactly_this_and_give_the_same_answers(
     if config in REFUSED:
         assert {d.what: d.reason for d in fused.decisions if isinstance(d, Skipped)} == REFUSED[config]
     answers_alike(before, fused)
+
+
+@pytest.mark.parametrize(("config", "small", "kind", "counts"), COUNTS, ids=[row[0] for row in COUNTS])
+def test_the_files_hold_exactly_these_ops(
+    config: str, small: Mapping[str, Any], kind: str, counts: dict[str, int], tmp_path: Path
+) -> None:
+    before = model(config, small, kind)
+    capture = Capture(captured_again(before, fuse(before)), tmp_path)
+    for format in ("onnx", "torchscript"):
+        (tmp_path / format).mkdir()
+        FORMATS[format].export(capture, tmp_path / format)
+    graph = onnx.load(tmp_path / "onnx" / "model.onnx")
+    found = Counter(node.op_type for node in graph.graph.node if node.domain == ONNX_DOMAIN)
+    assert found == {OPS[name].onnx: count for name, count in counts.items()}
+    assert {function.name for function in graph.functions} == set(found)
+    script = str(torch.jit.load(tmp_path / "torchscript" / "model.pt").inlined_graph)
+    assert Counter(re.findall(r"kpdeploy::(\w+)", script)) == counts
 
 
 class Tricky(torch.nn.Module):
