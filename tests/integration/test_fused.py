@@ -155,7 +155,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def compiled(name: str) -> Path:
         if not (folder / name).exists():
             subprocess.run(
-                ["g++", "-std=c++17", str(CPP / f"{name}.cpp"), "-o", name, *flags(name)], cwd=folder, check=True
+                ["g++", "-std=c++17", str(CPP / f"{name}.cpp"), "-o", name, *flags(name, folder)],
+                cwd=folder,
+                check=True,
             )
         return folder / name
 
