@@ -64,7 +64,8 @@ class Peer:
     """One way to run the model: the file that it runs, the runtime, and the settings worth trying.
 
     `prepare` makes the file (or names the model) and gives its path. `packages` need an environment of their own.
-    `kind` is "peer", "subject", or "ceiling" (a matrix product, no answer to compare).
+    `kind` is "peer", "subject", "also" (another artifact of the repository) or "ceiling" (a matrix product, no answer
+    to compare). `format` is that of a packaged artifact.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Peer:
     variants: Sequence[Mapping[str, Any]]
     packages: tuple[str, ...] = ()
     kind: str = "peer"
+    format: str = ""
 
 
 @dataclass(kw_only=True)
@@ -217,6 +219,14 @@ class Workshop:
     def eager_onnx(self) -> str:
         return str(self.eager_capture.onnx_file)
 
+    def torchscript(self) -> str:
+        from kpdeploy.export import torchscript
+
+        folder = self.folder / "torchscript"
+        folder.mkdir()
+        torchscript.export(self.capture, folder)
+        return str(folder / "model.pt")
+
     def aoti(self) -> str:
         from kpdeploy.export import pt2
 
@@ -280,13 +290,19 @@ def matrix_product(folder: Path) -> str:
 # The peers
 
 
-def subject_of(manifest: Manifest, folder: Path) -> Peer:
+PLAIN = {"onnx": "ORT", "torchscript": "TorchScript", "pt2": "AOTInductor", "openvino": "OpenVINO f32"}
+"""How the names of the peers begin that run the same format without kpdeploy's ops."""
+
+
+def packaged(manifest: Manifest, folder: Path, kind: str) -> Peer:
+    fused = " with fused ops" if manifest.settings.get("op_libraries") else ""
     return Peer(
-        name=f"{SUBJECT}: kpdeploy, {manifest.format}",
+        name=f"{SUBJECT if kind == 'subject' else manifest.model}: kpdeploy, {manifest.format}{fused}",
         prepare=lambda: str(folder / manifest.filename),
         runtime=source(manifest.format),
         variants=(manifest.settings,),
-        kind="subject",
+        kind=kind,
+        format=manifest.format,
     )
 
 
@@ -313,6 +329,7 @@ def peers_of(work: Workshop, shapes: Sequence[Sequence[int]]) -> list[Peer]:
         Peer(name="torch eager", prepare=name, runtime=module, variants=threads),
         compiled("torch.compile", "inductor", {}),
         compiled("torch.compile, freezing", "inductor", {"freezing": True}),
+        Peer(name="TorchScript", prepare=work.torchscript, runtime=source("torchscript"), variants=threads),
         Peer(name="AOTInductor frozen", prepare=work.aoti, runtime=source("pt2"), variants=threads),
         ort("ORT disable", work.onnx, "none"),
         ort("ORT basic", work.onnx, "basic"),
@@ -479,6 +496,7 @@ def default_venvs() -> Path:
 @click.command()
 @click.argument("repo", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--model", required=True, help="The model's name in REPO.")
+@click.option("--also", multiple=True, metavar="NAME", help="Another model of REPO, of the same inputs, as a row.")
 @click.option("--from", "original", metavar="MODEL", help="The unmodified model.  [default: the name]")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--seq", type=click.IntRange(min=1), default=128, show_default=True, help="Size of every other axis.")
@@ -493,13 +511,15 @@ def default_venvs() -> Path:
 @click.option("--no-venvs", is_flag=True, help="Leave those peers out; their rows say so.")
 @click.option("-o", "output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The JSON to write.")
 def main(
-    repo: Path, model: str, original: str | None, batch: int, seq: int, rounds: int, seconds: float,
-    only: tuple[str, ...], venvs: Path | None, no_venvs: bool, output: Path,
+    repo: Path, model: str, also: tuple[str, ...], original: str | None, batch: int, seq: int, rounds: int,
+    seconds: float, only: tuple[str, ...], venvs: Path | None, no_venvs: bool, output: Path,
 ) -> None:  # fmt: skip
     """Measure the packaged MODEL of REPO against its peers, and write the ratios."""
     folder = version_folder(repo, model)
     manifest = Manifest.read(folder)
     manifest.check_files(folder)
+    others = [(Manifest.read(place), place) for place in (version_folder(repo, name) for name in also)]
+    packages = [packaged(manifest, folder, "subject"), *(packaged(m, place, "also") for m, place in others)]
     point = point_of(manifest.signature, batch, seq)
     arrays = padded_batch(manifest.signature, point)
     load = {"before": list(os.getloadavg())}
@@ -507,12 +527,12 @@ def main(
     with tempfile.TemporaryDirectory(prefix="kpdeploy-peers-") as scratch, ExitStack() as stack:
         work = Workshop(original or model, manifest.signature, Path(scratch))
         product = [np.random.default_rng(1).standard_normal(GEMM_SIZES[:2]).astype(np.float32)]
-        inputs = {"subject": arrays, "peer": arrays, "ceiling": product}
+        inputs = {"subject": arrays, "also": arrays, "peer": arrays, "ceiling": product}
         wanted = [
             p for p in peers_of(work, [list(a.shape) for a in arrays]) if not only or any(t in p.name for t in only)
         ]
         rows = []
-        for peer in (subject_of(manifest, folder), *wanted, *ceilings(Path(scratch))):
+        for peer in (*packages, *wanted, *ceilings(Path(scratch))):
             with progress.step(f"starting {peer.name}"):
                 place = None if no_venvs else venvs or default_venvs()
                 rows.append(start(peer, inputs[peer.kind], names_of(peer, manifest), place, stack))
@@ -553,8 +573,6 @@ def main(
 def names_of(peer: Peer, manifest: Manifest) -> Names:
     if peer.kind == "ceiling":
         return Names(inputs=("x",), outputs=("y",))
-    if peer.kind == "subject":
-        return Names(inputs=manifest.input_names, outputs=manifest.output_names)
     signature = manifest.signature
     return Names(inputs=tuple(s.name for s in signature.inputs), outputs=tuple(s.name for s in signature.outputs))
 
@@ -576,6 +594,7 @@ def outcome(rows: Sequence[Row], flops: int) -> dict[str, Any]:
         low, high = ratio_interval(subject.rounds, best.rounds)
         ratio = best.median_ms / subject.median_ms
         found["best_peer"] = {"name": best.peer.name, "ratio": ratio, "ratio_95": [low, high]}
+        found["own_format"] = [against for row in rows if (against := against_plain(row, peers))]
     products = [row for row in rows if row.peer.kind == "ceiling" and row.counts]
     if products:
         fastest = min(products, key=lambda row: row.median_ms)
@@ -587,6 +606,20 @@ def outcome(rows: Sequence[Row], flops: int) -> dict[str, Any]:
             "floor_ms": round(floor_ms, 3),
             "subject_reaches": round(floor_ms / subject.median_ms, 3),
         }
+    return found
+
+
+def against_plain(row: Row, peers: Sequence[Row]) -> dict[str, Any] | None:
+    """A packaged artifact against the best peer in its own format, and against OpenVINO."""
+    if row.peer.kind not in ("subject", "also") or not row.counts:
+        return None
+    found: dict[str, Any] = {"name": row.peer.name}
+    for title, start in (("plain", PLAIN[row.peer.format]), ("openvino", PLAIN["openvino"])):
+        named = [p for p in peers if p.peer.name.startswith(start) and "provider" not in p.peer.name]
+        if named:
+            best = min(named, key=lambda p: p.median_ms)
+            low, high = ratio_interval(row.rounds, best.rounds)
+            found[title] = {"name": best.peer.name, "ratio": best.median_ms / row.median_ms, "ratio_95": [low, high]}
     return found
 
 
@@ -614,6 +647,12 @@ def show(
     if best := found["best_peer"]:
         low, high = best["ratio_95"]
         console.out.print(f"packaged against {best['name']}: {best['ratio']:.3f} x  (95 %: {low:.3f} to {high:.3f})")
+    for entry in found.get("own_format", ()):
+        for title in ("plain", "openvino"):
+            if against := entry.get(title):
+                low, high = against["ratio_95"]
+                between = f"(95 %: {low:.3f} to {high:.3f})"
+                console.out.print(f"{entry['name']} against {against['name']}: {against['ratio']:.3f} x  {between}")
     console.out.print(f"load average of the minute before {load['before'][0]:.2f}, after {load['after'][0]:.2f}")
 
 
