@@ -179,6 +179,12 @@ class DigestMismatch(KpdeployError):
     exit_code = 44
 
 
+class WouldNotLoad(KpdeployError):
+    """A model of the repository would not load in the container (or here), or that is not known."""
+
+    exit_code = 45
+
+
 # 50-59: serving
 
 

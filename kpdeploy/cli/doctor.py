@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from kpdeploy.decision import Decision
+    from kpdeploy.errors import WouldNotLoad
     from kpdeploy.hardware import Hardware
+    from kpdeploy.serving.triton.compatibility import Compatibility
+    from kpdeploy.serving.triton.containers import Container
 
 EPILOG = """\b
 Examples:
   kpdeploy doctor
   kpdeploy doctor --json
+  kpdeploy doctor models/ --container tritonserver:25.09
+  kpdeploy doctor models/
 
-It only looks: nothing is installed, imported or changed, and the exit code is 0 whatever is missing.
+It only looks: nothing is installed, imported or changed. Without REPO the exit code is 0 whatever is missing; with it,
+0 where every model would load, else 45.
 """
 
 # Package, and what it is for.
@@ -43,9 +50,99 @@ EXPORTERS = {
 
 
 @click.command(epilog=EPILOG)
+@click.argument("repo", required=False)
+@click.option(
+    "--container",
+    metavar="TAG",
+    help="Would the models of REPO load in this one of NVIDIA's containers? 25.09, tritonserver:25.09 or its image.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(as_json: bool) -> None:
-    """Show what is on this machine, what is missing, and how to get it."""
+@click.pass_context
+def command(ctx: click.Context, repo: str | None, container: str | None, as_json: bool) -> None:
+    """Show what is on this machine, what is missing, and how to get it.
+
+    With REPO: what of a repository would load in a container of NVIDIA's, by what is known of its contents; without
+    --container, in the runtimes that are installed here. Each reason is a version that is too old, a file that is not
+    the proven one, or something that is not known.
+    """
+    if container is not None and repo is None:
+        raise click.UsageError("--container needs REPO: the repository whose models would be served in it")
+    if repo is not None:
+        _check_repository(ctx, repo, container, as_json)
+        return
+    _show_machine(as_json)
+
+
+def _check_repository(ctx: click.Context, repo: str, container: str | None, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from kpdeploy.cli import console
+    from kpdeploy.serving.triton import compatibility
+    from kpdeploy.serving.triton.containers import find_container
+    from kpdeploy.serving.triton.launch import LAUNCH
+    from kpdeploy.serving.triton.repository import local_files, read_model_config, read_repository
+
+    where = compatibility.here() if container is None else find_container(container)
+    deployments = read_repository(repo)
+    found = []
+    for deployment in deployments:
+        with local_files(deployment) as folder:
+            config = read_model_config(deployment)
+            found.append(compatibility.check(deployment.manifest, folder, where, config))
+    error = _would_not_load(where, found)
+    if as_json:
+        models = [entry.to_json() for entry in found]
+        console.print_json({"loads": error is None, "container": asdict(where), "models": models})
+        if error:
+            ctx.exit(error.exit_code)
+        return
+    console.table(("model", "checked", "loads", ""), _check_rows(found), title=f"in {where}")
+    if error:
+        raise error
+    scripts = [f"{entry.folder}/{LAUNCH}" for entry in deployments if LAUNCH in entry.manifest.files]
+    launch = f"TRITON_IMAGE={where.image} bash {scripts[0]}" if scripts and container else f"kpdeploy serve {repo}"
+    console.next_command(launch)
+
+
+def _check_rows(found: list[Compatibility]) -> list[tuple[object, ...]]:
+    rows: list[tuple[object, ...]] = []
+    for entry in found:
+        name = f"{entry.manifest.model} v{entry.manifest.version}"
+        for decision in entry.decisions:
+            rows.append((name, decision.what, *_answer(decision)))
+            name = ""
+    return rows
+
+
+def _answer(decision: Decision) -> tuple[object, str]:
+    from rich.text import Text
+
+    from kpdeploy.decision import Applied
+    from kpdeploy.serving.triton.compatibility import NOT_KNOWN
+
+    if isinstance(decision, Applied):
+        return Text("yes", style="green"), decision.detail
+    if decision.reason.startswith(NOT_KNOWN):
+        return Text(NOT_KNOWN, style="yellow"), decision.reason.removeprefix(f"{NOT_KNOWN}: ")
+    return Text("NO", style="bold red"), decision.reason
+
+
+def _would_not_load(where: Container, found: list[Compatibility]) -> WouldNotLoad | None:
+    from kpdeploy.errors import WouldNotLoad
+
+    refused = [entry for entry in found if not entry.loads]
+    if not refused:
+        return None
+    first, *more = [skipped for entry in refused for skipped in entry.against]
+    names = ", ".join(entry.manifest.model for entry in refused)
+    return WouldNotLoad(
+        f"{len(refused)} of {len(found)} models would not load in {where}, or it is not known whether: {names}",
+        why=f"{first.what}: {first.reason}" + (f" (and {len(more)} more)" if more else ""),
+        next_step="try another --container, or export again in another --format or with --fuse never",
+    )
+
+
+def _show_machine(as_json: bool) -> None:
     from dataclasses import asdict
 
     from kpdeploy.cli import console

@@ -69,8 +69,9 @@ def test_a_first_export_makes_the_repository_and_version_1(repo: Path, files: Pa
         "models/tiny/warmup/v1-x",
         "models/tiny/warmup/v1-scale",
         *(f"models/tiny/1/{n}" for n in ("model.onnx", "weights.bin", "golden.npz", "baseline.json", "manifest.json")),
+        "models/tiny/1/launch.sh",
     }
-    assert set(done.manifest.files) == {"model.onnx", "weights.bin", "golden.npz", "baseline.json"}
+    assert set(done.manifest.files) == {"model.onnx", "weights.bin", "golden.npz", "baseline.json", "launch.sh"}
     done.manifest.check_files(Path(done.folder))
     assert read_repository(str(repo)) == [done]
 
@@ -290,6 +291,7 @@ def test_an_object_store_gets_the_same_repository(bucket: str, files: Path) -> N
     assert read_repository(bucket) == [second]
     with local_files(second) as folder:
         second.manifest.check_files(folder)
+        assert "--load-model=$model" in (folder / "launch.sh").read_text()
     store = fsspec.filesystem("memory")
     store.pipe_file("/bucket/models/tiny/2/model.onnx", b"changed")
     with local_files(second) as folder, pytest.raises(DigestMismatch):
@@ -311,6 +313,18 @@ def test_an_object_store_commits_last(bucket: str, files: Path, monkeypatch: pyt
     publish(bucket, manifest(), files)
     assert written[-1] == "/bucket/models/tiny/config.pbtxt"
     assert "/bucket/models/tiny/2/manifest.json" in written
+
+
+def test_each_version_has_a_launch_sh_of_its_own(repo: Path, files: Path) -> None:
+    first = publish(str(repo), manifest(), files)
+    # A folder that was a version once holds one already: it is written anew, not copied.
+    (files / "launch.sh").write_text("rm -rf /")
+    second = publish(str(repo), manifest(mount="/srv/models"), files)
+    scripts = [(Path(d.folder) / "launch.sh").read_text() for d in (first, second)]
+    assert "does not name version 1" in scripts[0]
+    assert "does not name version 2" in scripts[1]
+    assert ["mount=/models\n" in scripts[0], "mount=/srv/models\n" in scripts[1]] == [True, True]
+    assert first.manifest.files["launch.sh"] != second.manifest.files["launch.sh"]
 
 
 def test_a_failed_upload_leaves_the_earlier_version(bucket: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """A Triton model repository: publishing a version into it so that no server ever sees half of one, and reading it.
 
     REPO/<model>/config.pbtxt        names the one version that is served: replacing this file publishes
-    REPO/<model>/<version>/…         the artifact, manifest.json, golden.npz, baseline.json
+    REPO/<model>/<version>/…         the artifact, manifest.json, golden.npz, baseline.json, launch.sh
     REPO/<model>/warmup/v<version>-… raw inputs for the server's warm-up
 
 A version folder that still holds a config.pbtxt of its own was never committed: the last step of publishing moves that
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,34 @@ from kpdeploy.errors import (
     RepositoryUnwritable,
     UnknownName,
 )
+from kpdeploy.serving.triton.compatibility import newest
 from kpdeploy.serving.triton.config import CONFIG, WARMUP, model_config, read_config, warmup_files, write_config
+from kpdeploy.serving.triton.launch import LAUNCH, launch_script
 
 LOCK_WAIT_S = 30.0
 """How long a second writer waits for the first."""
 
 _STAGING = ".kpdeploy-staging"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Version:
+    """What is published: `files` is a local folder, whose files are copied; launch.sh is written, by its text."""
+
+    manifest: Manifest
+    baseline: Baseline
+    files: Path
+    image: str
+
+    def numbered(self, version: int) -> _Version:
+        """The same as this version of the model, with launch.sh among the manifest's digests."""
+        manifest = replace(self.manifest, version=version)
+        digest = hashlib.sha256(launch_script(manifest, self.image).encode()).hexdigest()
+        return replace(self, manifest=replace(manifest, files={**manifest.files, LAUNCH: digest}))
+
+    @property
+    def launch(self) -> str:
+        return launch_script(self.manifest, self.image)
 
 
 def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
@@ -56,13 +79,15 @@ def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
         RepositoryUnwritable, DiskFull: the storage refuses.
         FormatUnavailable: Triton cannot serve the model's tensors.
     """
-    digests = {file.name: sha256(file) for file in sorted(files.iterdir()) if file.name != MANIFEST}
+    written = (MANIFEST, LAUNCH)
+    digests = {file.name: sha256(file) for file in sorted(files.iterdir()) if file.name not in written}
     manifest = replace(manifest, files=digests)
     baseline = Baseline.read(files)
+    version = _Version(manifest=manifest, baseline=baseline, files=files, image=newest(manifest, files).image)
     repo = local_path(repo)
     if "://" in repo:
-        return _publish_remote(repo, manifest, baseline, files)
-    return _publish_local(Path(repo), manifest, baseline, files)
+        return _publish_remote(repo, version)
+    return _publish_local(Path(repo), version)
 
 
 def check_publishable(repo: str, *, model: str | None = None) -> None:
@@ -95,45 +120,45 @@ def local_path(repo: str | os.PathLike[str]) -> str:
 # On a file system
 
 
-def _publish_local(repo: Path, manifest: Manifest, baseline: Baseline, files: Path) -> Deployment:
-    with _storage_errors(repo, files), _made(repo), _locked(repo):
-        model = repo / manifest.model
-        if model.exists() and _committed(*_open(str(repo)), manifest.model) is None:
+def _publish_local(repo: Path, content: _Version) -> Deployment:
+    with _storage_errors(repo, content.files), _made(repo), _locked(repo):
+        model = repo / content.manifest.model
+        if model.exists() and _committed(*_open(str(repo)), model.name) is None:
             raise _foreign(str(model))
         _sweep(repo, model)
-        manifest = replace(manifest, version=_next_version(p.name for p in model.glob("*")))
+        content = content.numbered(_next_version(p.name for p in model.glob("*")))
         try:
             if model.exists():
-                _add_version(repo, model, manifest, baseline, files)
+                _add_version(repo, model, content)
             else:
-                _add_model(repo, model, manifest, baseline, files)
+                _add_model(repo, model, content)
         except BaseException:
             _sweep(repo, model)
             raise
-    return Deployment(repository=str(repo), manifest=manifest)
+    return Deployment(repository=str(repo), manifest=content.manifest)
 
 
-def _add_model(repo: Path, model: Path, manifest: Manifest, baseline: Baseline, files: Path) -> None:
+def _add_model(repo: Path, model: Path, content: _Version) -> None:
     """A new model appears whole, by one rename: a server takes any folder of the repository for a model."""
     staging = _staging(repo, model)
-    version = staging / str(manifest.version)
+    version = staging / str(content.manifest.version)
     version.mkdir(parents=True)
-    _fill(version, manifest, baseline, files)
+    _fill(version, content)
     os.replace(version / CONFIG, staging / CONFIG)
-    _write_warmup(staging / WARMUP, manifest, baseline)
+    _write_warmup(staging / WARMUP, content)
     _sync_tree(staging)
     os.rename(staging, model)
     _sync(repo)
 
 
-def _add_version(repo: Path, model: Path, manifest: Manifest, baseline: Baseline, files: Path) -> None:
+def _add_version(repo: Path, model: Path, content: _Version) -> None:
     """A version folder is invisible until config.pbtxt, replaced last, names it."""
     staging = _staging(repo, model)
     staging.mkdir()
-    _fill(staging, manifest, baseline, files)
+    _fill(staging, content)
     _sync_tree(staging)
-    _write_warmup(model / WARMUP, manifest, baseline)
-    version = model / str(manifest.version)
+    _write_warmup(model / WARMUP, content)
+    version = model / str(content.manifest.version)
     os.rename(staging, version)
     _sync(model)
     os.replace(version / CONFIG, model / CONFIG)
@@ -141,20 +166,23 @@ def _add_version(repo: Path, model: Path, manifest: Manifest, baseline: Baseline
     _sync(version)
 
 
-def _fill(folder: Path, manifest: Manifest, baseline: Baseline, files: Path) -> None:
+def _fill(folder: Path, content: _Version) -> None:
     """Everything of a version, and beside it its config.pbtxt, which says that it is not committed."""
-    for name, digest in manifest.files.items():
-        shutil.copyfile(files / name, folder / name)
+    (folder / LAUNCH).write_text(content.launch)
+    (folder / LAUNCH).chmod(0o755)
+    for name, digest in content.manifest.files.items():
+        if name != LAUNCH:
+            shutil.copyfile(content.files / name, folder / name)
         # A copy that differs here was changed while it was copied, or written by a broken disk.
         if sha256(folder / name) != digest:
             raise OSError(errno.EIO, "the copy differs from its original", str(folder / name))
-    manifest.write(folder)
-    (folder / CONFIG).write_text(write_config(model_config(manifest, baseline)))
+    content.manifest.write(folder)
+    (folder / CONFIG).write_text(write_config(model_config(content.manifest, content.baseline)))
 
 
-def _write_warmup(folder: Path, manifest: Manifest, baseline: Baseline) -> None:
+def _write_warmup(folder: Path, content: _Version) -> None:
     folder.mkdir(exist_ok=True)
-    for name, data in warmup_files(manifest, baseline).items():
+    for name, data in warmup_files(content.manifest, content.baseline).items():
         (folder / name).write_bytes(data)
         _sync(folder / name)
     _sync(folder)
@@ -287,23 +315,25 @@ def _foreign(model: str) -> RepositoryBroken:
 # In an object store
 
 
-def _publish_remote(repo: str, manifest: Manifest, baseline: Baseline, files: Path) -> Deployment:
+def _publish_remote(repo: str, content: _Version) -> Deployment:
     """Objects appear whole and one by one: the version's first, config.pbtxt last.
 
     An object store has neither renames nor locks. A killed upload leaves a version that nothing names, and the next
     one takes the number after it. Two exports of one model at once are not kept apart: the digests tell.
     """
     fs, root = _open(repo)
-    model = f"{root}/{manifest.model}"
+    model = f"{root}/{content.manifest.model}"
     with _remote_errors(repo):
-        if fs.exists(f"{model}/{CONFIG}") and _committed(fs, root, manifest.model) is None:
-            raise _foreign(f"{repo.rstrip('/')}/{manifest.model}")
-        manifest = replace(manifest, version=_next_version(_names(fs, model)))
+        if fs.exists(f"{model}/{CONFIG}") and _committed(fs, root, content.manifest.model) is None:
+            raise _foreign(f"{repo.rstrip('/')}/{content.manifest.model}")
+        content = content.numbered(_next_version(_names(fs, model)))
+        manifest, baseline = content.manifest, content.baseline
         version = f"{model}/{manifest.version}"
         config = write_config(model_config(manifest, baseline)).encode()
         try:
-            for name in manifest.files:
-                fs.put_file(str(files / name), f"{version}/{name}")
+            fs.pipe_file(f"{version}/{LAUNCH}", content.launch.encode())
+            for name in (name for name in manifest.files if name != LAUNCH):
+                fs.put_file(str(content.files / name), f"{version}/{name}")
             with tempfile.TemporaryDirectory() as folder:
                 manifest.write(Path(folder))
                 fs.put_file(str(Path(folder) / MANIFEST), f"{version}/{MANIFEST}")
@@ -429,6 +459,17 @@ def local_files(deployment: Deployment) -> Iterator[Path]:
     folder = f"{root}/{deployment.model}/{deployment.version}"
     with _downloaded(fs, folder, (MANIFEST, *deployment.manifest.files)) as copy:
         yield copy
+
+
+def read_model_config(deployment: Deployment) -> Any:
+    """The ModelConfig in the model's config.pbtxt.
+
+    Raises:
+        RepositoryBroken: it cannot be read.
+    """
+    fs, root = _open(deployment.repository)
+    place = f"{root}/{deployment.model}/{CONFIG}"
+    return read_config(fs.cat_file(place).decode(errors="replace"), where=place)
 
 
 @contextmanager
