@@ -657,7 +657,7 @@ def show(
 
 
 def settings_of(row: Row) -> str:
-    return ", ".join(f"{key} {value}" for key, value in row.settings.items() if key not in ("shapes", "backend"))
+    return ", ".join(f"{key} {value}" for key, value in row.settings.items() if key not in ("shapes", "backend", "op_libraries"))
 
 
 if __name__ == "__main__":
