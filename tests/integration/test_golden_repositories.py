@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from kpdeploy.artifact import Artifact
 from kpdeploy.baseline import Baseline
 from kpdeploy.compare import relative_error
 from kpdeploy.runtimes.process import RuntimeProcess
+from kpdeploy.serving.triton.compatibility import newest
 from kpdeploy.serving.triton.config import model_config, write_config
+from kpdeploy.serving.triton.launch import LAUNCH, launch_script
 from kpdeploy.serving.triton.repository import read_repository
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +33,16 @@ def test_todays_configuration_of_a_golden_version_is_the_same_to_the_letter(mode
     folder = Path(DEPLOYMENTS[model].folder)
     config = model_config(DEPLOYMENTS[model].manifest, Baseline.read(folder))
     assert write_config(config) == (folder.parent / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("model", DEPLOYMENTS)
+def test_a_golden_version_has_todays_launch_sh_but_for_the_newest_container(model: str) -> None:
+    folder = Path(DEPLOYMENTS[model].folder)
+    image = newest(DEPLOYMENTS[model].manifest, folder).image
+    written = (folder / LAUNCH).read_text()
+    assert re.sub(r"tritonserver:[\d.]+-py3", image.partition("/nvidia/")[2], written) == launch_script(
+        DEPLOYMENTS[model].manifest, image
+    )
 
 
 @pytest.mark.parametrize("model", DEPLOYMENTS)
@@ -53,7 +66,7 @@ def test_a_golden_version_still_loads_and_gives_its_golden_answers(model: str) -
 def test_todays_export_says_the_same_of_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
     stated = ("ids:int64[batch=1..8,seq=1..32]", "mask:int64[batch,seq]{mask}")
-    kpdeploy.export("tiny:classifier", repo=tmp_path, format="onnx", name="tiny_onnx", input=stated)
+    kpdeploy.export("tiny:classifier", repo=tmp_path, format="onnx", name="tiny_onnx", input=stated, fuse="never")
     today = json.loads((tmp_path / "tiny_onnx/1/manifest.json").read_text())
     golden = json.loads((GOLDEN / "tiny_onnx/1/manifest.json").read_text())
     assert today.keys() == golden.keys()
