@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ WHISPER |= {"num_mel_bins": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token
 T5 = {"vocab_size": 99, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
 
 
-def model(config: str, small: Mapping[str, Any], kind: str = "AutoModel") -> Model:
+def model(config: str, small: Mapping[str, Any], kind: str = "AutoModel", dtype: torch.dtype = torch.float32) -> Model:
     torch.manual_seed(0)
     made = getattr(transformers, config)(**small)
     kind_class = getattr(transformers, kind)
@@ -57,6 +58,7 @@ def model(config: str, small: Mapping[str, Any], kind: str = "AutoModel") -> Mod
     for parameter in module.parameters():
         if not parameter.detach().any():  # biases start at zero, and would prove nothing
             torch.nn.init.normal_(parameter, std=0.1)
+    module = module.to(dtype)
     described = describe_transformer(module, made, Request(max_batch=4), name="small", source={})
     return settle_axes(described, stated=False)
 
@@ -140,6 +142,29 @@ def test_the_files_hold_exactly_these_ops(
     assert {function.name for function in graph.functions} == set(found)
     script = str(torch.jit.load(tmp_path / "torchscript" / "model.pt").inlined_graph)
     assert Counter(re.findall(r"kpdeploy::(\w+)", script)) == counts
+
+
+@pytest.mark.parametrize("config", ["BertConfig", "GPT2Config", "LlamaConfig", "ViTConfig"])
+def test_in_bfloat16_the_fused_graph_is_as_close_to_the_exact_answer_as_the_plain_one(
+    config: str, registered: None
+) -> None:
+    (row,) = (row for row in COUNTS if row[0] == config)
+    before = model(*row[:3], dtype=torch.bfloat16)
+    fused = fuse(before)
+    assert fused.counts == row[3]
+    again = captured_again(before, fused)
+    assert again.program is not None
+    assert isinstance(before.module, Flat)
+    exact = copy.deepcopy(before.module).double()
+    exact.dtypes = [torch.float64 if d is torch.bfloat16 else d for d in exact.dtypes]
+    run, rng, errors = again.program.module(check_guards=False), np.random.default_rng(0), ([], [])
+    for point in proof_points(before.signature, rng)[:6]:
+        tensors = [torch.from_numpy(a) for a in sample(before.signature, point, rng).values()]
+        with torch.no_grad():
+            truth = exact(*tensors)
+            for found, into in zip((run(*tensors), before.module(*tensors)), errors, strict=True):
+                into.append(max(relative_error(a.numpy(), t.numpy()) for a, t in zip(found, truth, strict=True)))
+    assert np.mean(errors[0]) <= 1.5 * np.mean(errors[1])
 
 
 class Tricky(torch.nn.Module):
