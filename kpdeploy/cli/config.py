@@ -40,22 +40,26 @@ def read_config(folder: Path, root: click.Group, ctx: click.Context) -> dict[str
     return {name: _options(path, name, table, root, ctx) for name, table in tables.items()}
 
 
-def _options(path: Path, name: str, table: Any, root: click.Group, ctx: click.Context) -> dict[str, Any]:
-    command = root.get_command(ctx, name)
+def _options(path: Path, name: str, table: Any, group: click.Group, ctx: click.Context) -> dict[str, Any]:
+    """The options of one command; `name` is dotted where it is a command of a group, such as ops.explain."""
+    command = group.get_command(ctx, name.rpartition(".")[2])
     if not isinstance(table, dict):
         raise ConfigFileBroken(
             f"{path} sets {name} outside of a command's table", next_step="put it under a line such as [export]"
         )
     if command is None:
-        raise _unknown(path, f"[{name}]", name, root.list_commands(ctx))
+        raise _unknown(path, f"[{name}]", name, group.list_commands(ctx))
     known = {
         text.lstrip("-"): parameter
         for parameter in command.params
         if isinstance(parameter, click.Option)
         for text in parameter.opts
     }
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in table.items():
+        if isinstance(command, click.Group) and isinstance(value, dict):
+            found[key] = _options(path, f"{name}.{key}", value, command, ctx)
+            continue
         parameter = known.get(key.replace("_", "-")) or known.get(key)
         if parameter is None:
             raise _unknown(path, f"{key} under [{name}]", key, list(known))
@@ -80,7 +84,7 @@ def _checked(path: Path, where: str, parameter: click.Option, value: Any, ctx: c
         raise ConfigFileBroken(
             f"{path} holds a wrong value for {where}: {value!r}",
             why=reason,
-            next_step=f"see `{ctx.command_path} {where.partition('[')[2].rstrip(']')} --help`",
+            next_step=f"see `{ctx.command_path} {where.partition('[')[2].rstrip(']').replace('.', ' ')} --help`",
         )
     return value
 

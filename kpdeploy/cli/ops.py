@@ -56,7 +56,9 @@ def command(ctx: click.Context, as_json: bool) -> None:
     if ctx.invoked_subcommand is None:
         _list(as_json)
     elif as_json:
-        ctx.default_map = {ctx.invoked_subcommand: {"as_json": True}}
+        defaults = ctx.default_map or {}
+        own = {**defaults.get(ctx.invoked_subcommand, {}), "as_json": True}
+        ctx.default_map = {**defaults, ctx.invoked_subcommand: own}
 
 
 def _list(as_json: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from kpdeploy.cli import main
 from kpdeploy.decision import Applied, Decision, Skipped
-from kpdeploy.errors import KernelsMissing, ShapeMalformed, UnknownName
+from kpdeploy.errors import ConfigFileBroken, KernelsMissing, ShapeMalformed, UnknownName
 from kpdeploy.ops import OPS, providers
 
 Run = Callable[..., tuple[int, str, str]]
@@ -241,3 +241,27 @@ def test_the_ops_and_their_table_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert not {"torch", "onnx", "onnxruntime", "numpy", "rich"} & {n.split(".")[0] for n in done.stdout.split()}
+
+
+def test_a_subcommand_has_its_own_table_in_the_config_file(run: Run) -> None:
+    Path("kpdeploy.toml").write_text('[ops.explain]\ndtype = "bf16"\nshape = "8x16"\n')
+    code, out, _ = run("explain", "rms_norm", "--json")
+    assert code == 0
+    assert (json.loads(out)["dtype"], json.loads(out)["sizes"]) == ("bfloat16", {"rows": 8, "width": 16})
+    assert run("--json", "explain", "rms_norm") == (0, out, "")
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("[ops.explian]\n", "holds [ops.explian], which does not exist"),
+        ("[ops.explain]\ndtpye = 'f32'\n", "did you mean 'dtype'?"),
+        ("[ops.explain]\ndtype = 3.5\njson = 'yes'\n", "see `kpdeploy ops explain --help`"),
+        ("[ops]\nshape = '8x16'\n", "holds shape under [ops], which does not exist"),
+    ],
+)
+def test_a_wrong_table_of_a_subcommand_is_named(run: Run, table: str, said: str) -> None:
+    Path("kpdeploy.toml").write_text(table)
+    code, _, err = run("explain", "rms_norm", "--shape", "8x16")
+    assert code == ConfigFileBroken.exit_code
+    assert said in err
