@@ -1,5 +1,5 @@
-// attention: a block for each batch row, head and run of queries, over blocks of keys with a running softmax (Milakov and
-// Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in plain float32.
+// attention: a block for each batch row, head and run of queries, over blocks of keys with a running softmax (Milakov
+// and Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in plain float32.
 
 #include <cmath>
 
@@ -39,7 +39,7 @@ struct Block {
   }
 };
 
-// Rows [first, first + kRows) into shared memory, `kWidth` elements apart; zeros from row `end` and column head_size on.
+// Rows [first, first + kRows) into shared memory, `kWidth` elements apart; zeros from row `end` and column head_size.
 template <int kRows, int kColumns, int kWidth, class T>
 __device__ void copy_rows(T* to, const T* from, int64_t stride, int64_t first, int64_t end, int64_t head_size,
                           bool is_aligned) {
@@ -48,7 +48,8 @@ __device__ void copy_rows(T* to, const T* from, int64_t stride, int64_t first, i
     const int64_t r = first + i / kAcross;
     const int c = i % kAcross * kChunk<T>;
     const bool there = r < end && c < head_size;
-    copy_chunk(to + i / kAcross * kWidth + c, there ? from + r * stride + c : from, there ? head_size - c : 0, is_aligned);
+    copy_chunk(to + i / kAcross * kWidth + c, there ? from + r * stride + c : from, there ? head_size - c : 0,
+               is_aligned);
   }
 }
 
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(kThreads) attend(const CudaAttention a, const 
     copy_rows<kKeys, kSize, kWidth>(value, values, a.value.row_stride, from, block.end, a.head_size, is_aligned);
     commit();
   };
-  copy_rows<S::kQueries, kSize, kWidth>(query, block.rows_of<const T>(a, a.query, false), a.query.row_stride, block.first,
-                                        a.queries, a.head_size, is_aligned);
+  copy_rows<S::kQueries, kSize, kWidth>(query, block.rows_of<const T>(a, a.query, false), a.query.row_stride,
+                                        block.first, a.queries, a.head_size, is_aligned);
   copy_keys(0);  // with the queries, one group
   copy_values(0);
 
@@ -198,14 +199,14 @@ __global__ void __launch_bounds__(kThreads) attend_plain(const CudaAttention a, 
   const Block block(a, kQueries);
   const int64_t own = block.first + warp * kPlainRows;
   const auto copy = [&](const CudaGrid& grid, int64_t from) {
-    copy_rows<kPlainKeys, kSize, kWidth>(rows, block.rows_of<const float>(a, grid, true), grid.row_stride, from, block.end,
-                                         a.head_size, is_aligned);
+    copy_rows<kPlainKeys, kSize, kWidth>(rows, block.rows_of<const float>(a, grid, true), grid.row_stride, from,
+                                         block.end, a.head_size, is_aligned);
     commit();
     wait<0>();
     __syncthreads();
   };
-  copy_rows<kQueries, kSize, kWidth>(query, block.rows_of<const float>(a, a.query, false), a.query.row_stride, block.first,
-                                     a.queries, a.head_size, is_aligned);
+  copy_rows<kQueries, kSize, kWidth>(query, block.rows_of<const float>(a, a.query, false), a.query.row_stride,
+                                     block.first, a.queries, a.head_size, is_aligned);
 
   float out[kPlainRows][kSize / 32] = {}, largest[kPlainRows], total[kPlainRows] = {};
 #pragma unroll

@@ -79,7 +79,8 @@ Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank) {
   const bool half = gpu && tensor->dtype == KPDEPLOY_F16;
   if (tensor->dtype != KPDEPLOY_F32 && tensor->dtype != KPDEPLOY_BF16 && !half)
     refuse_unsupported("%s is %s; the %s", name, dtype_name(tensor->dtype),
-                       gpu ? "CUDA kernels take float32, bfloat16 and float16" : "CPU kernels take float32 and bfloat16");
+                       gpu ? "CUDA kernels take float32, bfloat16 and float16"
+                           : "CPU kernels take float32 and bfloat16");
   Tensor t{name,          static_cast<char*>(tensor->data), tensor->sizes, tensor->strides, tensor->rank, tensor->dtype,
            tensor->device, tensor->device_index};
   for (int i = 0; i < t.rank; ++i)
@@ -113,7 +114,8 @@ void same_sizes(const Tensor& a, const Tensor& b) {
 
 void same_device(const char* name, const kpdeploy_tensor& tensor, const Tensor& like) {
   const auto text = [](int device, int index) -> std::string {
-    return device == KPDEPLOY_CPU ? "the CPU" : device == KPDEPLOY_CUDA ? "GPU " + std::to_string(index) : "another device";
+    if (device == KPDEPLOY_CPU) return "the CPU";
+    return device == KPDEPLOY_CUDA ? "GPU " + std::to_string(index) : "another device";
   };
   if (tensor.device != like.device || tensor.device_index != like.device_index)
     refuse("%s is on %s, and %s on %s", name, text(tensor.device, tensor.device_index).c_str(), like.name,

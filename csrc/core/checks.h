@@ -53,7 +53,8 @@ struct Tensor {
   std::string shape() const;  // such as "[2, 3]"
 };
 
-// A tensor of at least `least_rank`, its last dim contiguous, on a device and of a dtype that this build has kernels for.
+// A tensor of at least `least_rank`, its last dim contiguous, on a device and of a dtype that this build has kernels
+// for.
 Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank);
 // As `floats`, with the dtype and on the device of `like`.
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like);

@@ -6,7 +6,6 @@ const kpdeploy::CudaKernels* kpdeploy::cuda_kernels() {
   static const CudaKernels table = {
       {norm<float>, norm<bf16>, norm<f16>},
       {linear<float>, linear<bf16>, linear<f16>},
-      {activate<float>, activate<bf16>, activate<f16>},
       {attention<float>, attention<bf16>, attention<f16>},
   };
   return &table;

@@ -37,14 +37,6 @@ struct CudaLinear {
   bool gated;
 };
 
-// activation(x + bias), or with a gate SiLU(gate) * x.
-struct CudaElementwise {
-  Walk x, gate, out;  // gate.data null: none
-  const void* bias;   // null: none
-  int64_t rows, n;
-  int activation;
-};
-
 // [batch][row][heads * head_size], strides in elements.
 struct CudaGrid {
   void* data;
@@ -64,7 +56,6 @@ struct CudaAttention {
 struct CudaKernels {
   void (*norm[3])(const CudaNorm&, void* stream);
   void (*linear[3])(const CudaLinear&, void* stream);
-  void (*activate[3])(const CudaElementwise&, void* stream);
   void (*attention[3])(const CudaAttention&, void* stream);
 };
 

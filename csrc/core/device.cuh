@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "checks.h"
 
 namespace kpdeploy {
@@ -133,7 +135,7 @@ __device__ inline void load_transposed(uint32_t (&to)[4], const void* row) {
 // c [16][8] += a [16][16] b [16][8], in float32.
 template <class T>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, bf16>)
+  if constexpr (std::is_same_v<T, bf16>)
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};\n"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -175,8 +177,10 @@ void launch(void (*kernel)(Argument, More...), int64_t blocks, int threads, size
             const Argument& argument, More... more) {
   if (blocks > INT32_MAX) refuse_unsupported("the tensors are too large for one launch");
   if (shared_bytes > 48 << 10)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(argument, more...);
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  const auto queue = static_cast<cudaStream_t>(stream);
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, queue>>>(argument, more...);
   check_cuda(cudaGetLastError());
 }
 
@@ -185,8 +189,6 @@ template <class T>
 void norm(const CudaNorm& a, void* stream);
 template <class T>
 void linear(const CudaLinear& a, void* stream);
-template <class T>
-void activate(const CudaElementwise& a, void* stream);
 template <class T>
 void attention(const CudaAttention& a, void* stream);
 

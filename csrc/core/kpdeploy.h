@@ -4,8 +4,8 @@
  * thread. Nothing is kept between calls but scratch memory. Outputs are allocated by the caller and must not overlap
  * any other tensor. Nothing here throws.
  *
- * All tensors of a call are on one device: the CPU (float32, bfloat16) or one GPU (float32, bfloat16, float16). On a GPU
- * a call returns when its kernel is queued on the stream; it allocates nothing and can be captured in a CUDA graph. */
+ * All tensors of a call are on one device: the CPU (float32, bfloat16) or one GPU (float32, bfloat16, float16). On a
+ * GPU a call returns when its kernel is queued on the stream, allocates nothing, and can be captured in a CUDA graph. */
 #ifndef KPDEPLOY_H
 #define KPDEPLOY_H
 
@@ -85,7 +85,8 @@ int kpdeploy_check_linear_activation(const kpdeploy_context* context, const kpde
 int kpdeploy_check_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                 const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight);
 
-/* activation(x + bias): x [..., N], bias [N] or NULL, out [..., N]. For callers whose library multiplies faster. */
+/* activation(x + bias): x [..., N], bias [N] or NULL, out [..., N]. For callers whose library multiplies faster; on
+ * the CPU only. */
 int kpdeploy_bias_activation(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* bias,
                              int activation, const kpdeploy_tensor* out);
 
@@ -94,7 +95,8 @@ int kpdeploy_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor
                           const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight,
                           const kpdeploy_tensor* out);
 
-/* SiLU(gate) * up, all of one shape; out may be one of them. For callers whose library multiplies faster. */
+/* SiLU(gate) * up, all of one shape; out may be one of them. For callers whose library multiplies faster; on the CPU
+ * only. */
 int kpdeploy_gate(const kpdeploy_context* context, const kpdeploy_tensor* gate, const kpdeploy_tensor* up,
                   const kpdeploy_tensor* out);
 

@@ -343,15 +343,12 @@ int kpdeploy_bias_activation(const kpdeploy_context* context, const kpdeploy_ten
   return guarded(context, "bias_activation", [&] {
     check_activation(activation);
     const Tensor in = floats("x", x, 1), o = floats_like("out", out, 1, in);
+    if (in.on_gpu()) refuse_unsupported("x is on a GPU, and this is for the CPU");
     same_sizes(o, in);
     const int64_t n = in.size(-1);
     const void* b = vector_of("bias", bias, n, in);
     if (in.numel() == 0) return;
     const Rows in_rows(in), out_rows(o);
-    if (in.on_gpu()) {
-      const CudaElementwise c{in_rows.walk(), {}, out_rows.walk(), b, in_rows.count(), n, activation};
-      return cuda_kernels()->activate[in.dtype](c, context->stream);
-    }
     const int64_t per_task = std::max<int64_t>(1, (16 << 10) / n);
     parallel(context, blocks(in_rows.count(), per_task), [&](int64_t task) {
       for (int64_t r = task * per_task; r < std::min(in_rows.count(), (task + 1) * per_task); ++r)
@@ -365,14 +362,11 @@ int kpdeploy_gate(const kpdeploy_context* context, const kpdeploy_tensor* gate, 
                   const kpdeploy_tensor* out) {
   return guarded(context, "gate", [&] {
     const Tensor g = floats("gate", gate, 1), u = floats_like("up", up, 1, g), o = floats_like("out", out, 1, g);
+    if (g.on_gpu()) refuse_unsupported("gate is on a GPU, and this is for the CPU");
     same_sizes(u, g);
     same_sizes(o, g);
     if (g.numel() == 0) return;
     const Rows gates(g), ups(u), outs(o);
-    if (g.on_gpu()) {
-      const CudaElementwise c{ups.walk(), gates.walk(), outs.walk(), nullptr, gates.count(), g.size(-1), KPDEPLOY_NONE};
-      return cuda_kernels()->activate[g.dtype](c, context->stream);
-    }
     const int64_t n = g.size(-1), per_task = std::max<int64_t>(1, (16 << 10) / n);
     parallel(context, blocks(gates.count(), per_task), [&](int64_t task) {
       for (int64_t r = task * per_task; r < std::min(gates.count(), (task + 1) * per_task); ++r)

@@ -1,5 +1,5 @@
-// linear_activation and gated_linear: tiles of x times tiles of the weight, both contiguous along K. 16-bit dtypes on the
-// tensor cores with float32 sums, float32 in plain float32. A few rows: each row of the weight is read once.
+// linear_activation and gated_linear: tiles of x times tiles of the weight, both contiguous along K. 16-bit dtypes on
+// the tensor cores with float32 sums, float32 in plain float32. A few rows: each row of the weight is read once.
 
 #include "device.cuh"
 
@@ -45,40 +45,40 @@ template <class T, int kRows, int kColumns, bool kGated>
 __global__ void __launch_bounds__(kThreads) multiply(const CudaLinear a, const bool is_aligned) {
   using S = Tiles<T, kRows, kColumns, kGated>;
   constexpr int kDown = kRows / 2 / 16, kAcross = kColumns / 4 / 8;  // 16 x 8 products of one warp
-  constexpr int kChunks = S::kDepth / 8, kStep = kThreads / kChunks;   // chunks in a row; rows that all threads copy
+  constexpr int kChunks = S::kDepth / 8, kStep = kThreads / kChunks;  // chunks in a row; rows that all threads copy
   extern __shared__ __align__(16) unsigned char memory[];
   T* const shared = reinterpret_cast<T*>(memory);
   const Corner at = corner(a.rows, a.n, kRows, kColumns);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int own_row = threadIdx.x / kChunks, own_column = threadIdx.x % kChunks * 8;
 
-  const T* x[kRows / kStep];
+  // The rows that this thread copies its part of: of x, then of the weights; null beyond the last.
+  constexpr int kOfX = kRows / kStep, kOfWeight = kColumns / kStep;
+  const T* from[kOfX + S::kWeights * kOfWeight];
 #pragma unroll
-  for (int i = 0; i < kRows / kStep; ++i) {
+  for (int i = 0; i < kOfX; ++i) {
     const int64_t r = at.row + own_row + i * kStep;
-    x[i] = r < a.rows ? row_of<const T>(a.x, r) : nullptr;
+    from[i] = r < a.rows ? row_of<const T>(a.x, r) + own_column : nullptr;
   }
-  const T* const weights[2] = {static_cast<const T*>(a.weight.data), static_cast<const T*>(a.gate.data)};
-  const int64_t strides[2] = {a.weight.stride, a.gate.stride};
-
-  const auto fill = [&](int64_t step) {
-    T* const stage = shared + step % S::kStages * S::kStage;
-    const int64_t k = step * S::kDepth + own_column, left = a.k - k;
 #pragma unroll
-    for (int i = 0; i < kRows / kStep; ++i) {
-      const bool there = x[i] && left > 0;
-      copy_chunk(stage + (own_row + i * kStep) * S::kWidth + own_column, there ? x[i] + k : weights[0],
+  for (int w = 0; w < S::kWeights; ++w)
+#pragma unroll
+    for (int i = 0; i < kOfWeight; ++i) {
+      const int64_t n = at.column + own_row + i * kStep;
+      const CudaMatrix& matrix = w == 0 ? a.weight : a.gate;
+      from[kOfX + w * kOfWeight + i] =
+          n < a.n ? static_cast<const T*>(matrix.data) + n * matrix.stride + own_column : nullptr;
+    }
+
+  const auto fill = [&](int64_t step, int slot) {
+    T* const to = shared + slot * S::kStage + own_row * S::kWidth + own_column;
+    const int64_t k = step * S::kDepth, left = a.k - k - own_column;
+#pragma unroll
+    for (int i = 0; i < kOfX + S::kWeights * kOfWeight; ++i) {
+      const bool there = from[i] && left > 0;
+      copy_chunk(to + i * kStep * S::kWidth, there ? from[i] + k : static_cast<const T*>(a.weight.data),
                  there ? left : 0, is_aligned);
     }
-#pragma unroll
-    for (int w = 0; w < S::kWeights; ++w)
-#pragma unroll
-      for (int i = 0; i < kColumns / kStep; ++i) {
-        const int64_t n = at.column + own_row + i * kStep;
-        const bool there = n < a.n && left > 0;
-        copy_chunk(stage + (kRows + w * kColumns + own_row + i * kStep) * S::kWidth + own_column,
-                   there ? weights[w] + n * strides[w] + k : weights[0], there ? left : 0, is_aligned);
-      }
   };
 
   float sums[S::kWeights][kDown][kAcross][4] = {};
@@ -86,15 +86,18 @@ __global__ void __launch_bounds__(kThreads) multiply(const CudaLinear a, const b
   const int64_t steps = (a.k + S::kDepth - 1) / S::kDepth;
 #pragma unroll
   for (int s = 0; s < S::kStages - 1; ++s) {
-    if (s < steps) fill(s);
+    if (s < steps) fill(s, s);
     commit();
   }
+  int slot = 0, next = S::kStages - 1;
   for (int64_t step = 0; step < steps; ++step) {
     wait<S::kStages - 2>();
     __syncthreads();  // this step's stage is there, and the one before it has been used
-    if (step + S::kStages - 1 < steps) fill(step + S::kStages - 1);
+    if (step + S::kStages - 1 < steps) fill(step + S::kStages - 1, next);
     commit();
-    const T* const stage = shared + step % S::kStages * S::kStage;
+    const T* const stage = shared + slot * S::kStage;
+    next = slot;
+    slot = slot + 1 == S::kStages ? 0 : slot + 1;
 #pragma unroll
     for (int k = 0; k < S::kDepth; k += 16) {
       uint32_t left[kDown][4];
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) multiply(const CudaLinear a, const b
 
 // Plain float32: 16 x 16 threads, each with kDown x kAcross sums in groups of four.
 template <int kRows, int kColumns, bool kGated>
-__global__ void __launch_bounds__(kThreads) multiply_plain(const CudaLinear a, const bool is_aligned) {
+__global__ void __launch_bounds__(kThreads, 2) multiply_plain(const CudaLinear a, const bool is_aligned) {
   constexpr int kDepth = 16, kDown = kRows / 16, kAcross = kColumns / 16, kWeights = kGated ? 2 : 1;
   constexpr int kStep = kThreads / 4;  // rows that all threads copy, four floats each
   __shared__ __align__(16) float left[kDepth][kRows + 4], right[kWeights][kDepth][kColumns + 4];
@@ -286,30 +289,6 @@ void multiply_any(const CudaLinear& a, void* stream) {
     multiply_tiles<T, 64, 64, kGated>(a, is_aligned, stream);
 }
 
-template <class T, int kVector>
-__global__ void __launch_bounds__(kThreads) activate_rows(const CudaElementwise a) {
-  const int64_t chunks = a.n / kVector, step = int64_t{gridDim.x} * kThreads;
-  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < a.rows * chunks; i += step) {
-    const int64_t r = i / chunks, c = i % chunks * kVector;
-    float v[kVector], other[kVector];
-    load(row_of<const T>(a.x, r) + c, v);
-    if (a.gate.data) {
-      load(row_of<const T>(a.gate, r) + c, other);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) v[j] *= silu(other[j]);
-    } else {
-      if (a.bias) {
-        load(static_cast<const T*>(a.bias) + c, other);
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) v[j] += other[j];
-      }
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) v[j] = activated(v[j], a.activation);
-    }
-    store(row_of<T>(a.out, r) + c, v);
-  }
-}
-
 }  // namespace
 
 template <class T>
@@ -317,20 +296,8 @@ void linear(const CudaLinear& a, void* stream) {
   return a.gated ? multiply_any<T, true>(a, stream) : multiply_any<T, false>(a, stream);
 }
 
-template <class T>
-void activate(const CudaElementwise& a, void* stream) {
-  const bool chunks = a.n % kChunk<T> == 0 && aligned(a.x, sizeof(T)) && aligned(a.out, sizeof(T)) &&
-                      aligned(a.gate, sizeof(T)) && aligned(a.bias);
-  const int64_t count = std::min<int64_t>(blocks(a.rows * a.n / (chunks ? kChunk<T> : 1), kThreads), 1 << 20);
-  return chunks ? launch(activate_rows<T, kChunk<T>>, count, kThreads, 0, stream, a)
-                : launch(activate_rows<T, 1>, count, kThreads, 0, stream, a);
-}
-
 template void linear<float>(const CudaLinear&, void*);
 template void linear<bf16>(const CudaLinear&, void*);
 template void linear<f16>(const CudaLinear&, void*);
-template void activate<float>(const CudaElementwise&, void*);
-template void activate<bf16>(const CudaElementwise&, void*);
-template void activate<f16>(const CudaElementwise&, void*);
 
 }  // namespace kpdeploy

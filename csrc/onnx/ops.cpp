@@ -1,7 +1,7 @@
 // Registration of the ops in ONNX Runtime, domain com.kpdeploy, over the kernels' C ABI. Exports RegisterCustomOps only.
 //
-// Each op is registered for the CPU in float32 and bfloat16, and for the CUDA provider, where this library was built with
-// CUDA, in float16 too. Weights that are constant are packed for the CPU when a session is made.
+// Each op is registered for the CPU in float32 and bfloat16, and where this library was built with CUDA for the CUDA
+// provider, in float16 too. Weights that are constant are packed for the CPU when a session is made.
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,7 +250,56 @@ def test_a_cuda_graph_replays_an_op(name: str, gpu: None) -> None:
         assert torch.equal(out, ref)
 
 
-def test_a_second_gpu_is_made_current(gpu: None) -> None:
+class Block(torch.nn.Module):
+    """Ops in a row, in bfloat16 on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {"up": (96, 64), "gate": (96, 64), "down": (64, 96), "ones": (64,)}.items():
+            self.register_buffer(name, torch.randn(shape, device="cuda", dtype=torch.bfloat16) / 8)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.kpdeploy
+        a = ops.attention(x, x, x, lengths, 2, 2, 0.18, True)
+        h, s = ops.add_layer_norm(a, x, self.ones, None, 1e-5)
+        m = ops.linear_activation(ops.gated_linear(h, self.gate, self.up), self.down, self.ones, "gelu")
+        out: torch.Tensor = ops.rms_norm(m + s, self.ones, 1e-5)
+        return out
+
+
+SCRIPT = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+aoti = sys.argv[2].endswith("aoti.pt2")
+model = torch._inductor.aoti_load_package(sys.argv[2]) if aoti else torch.export.load(sys.argv[2]).module()
+x, lengths, wanted = torch.load(sys.argv[3])
+out = model(x, lengths)
+assert (out - wanted).norm() <= 1e-2 * wanted.norm(), (out - wanted).abs().max()
+print(out.device, "kpdeploy" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("artifact", ["saved.pt2", "aoti.pt2"])
+def test_an_artifact_runs_on_the_gpu_with_the_library_alone(
+    artifact: str, tmp_path: Path, gpu: None, torch_library: str
+) -> None:
+    model, path = Block(), tmp_path / artifact
+    x, lengths = torch.randn(3, 21, 64, device="cuda", dtype=torch.bfloat16), torch.tensor([21, 1, 7], device="cuda")
+    program = torch.export.export(model, (x, lengths))
+    if artifact == "aoti.pt2":
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    else:
+        torch.export.save(program, path)
+    torch.save((x, lengths, model(x, lengths)), tmp_path / "case.pt")
+    command = [sys.executable, "-c", SCRIPT, torch_library, str(path), str(tmp_path / "case.pt")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout) == (0, "cuda:0 False\n"), done.stderr
+
+
+def test_a_second_gpu_is_made_current(cuda_provider: str) -> None:
+    import onnxruntime
+
     if torch.cuda.device_count() < 2:
         pytest.skip("NOT RUN: kernels on a GPU that is not the current one: this machine has one")
     x, w = torch.randn(8, 64, device="cuda:1"), torch.randn(64, device="cuda:1")
@@ -255,6 +308,15 @@ def test_a_second_gpu_is_made_current(gpu: None) -> None:
     assert error(out.cpu(), calls.reference(OPS["rms_norm"], (x.cpu(), w.cpu(), 1e-6))[0]) < 2e-6
     with pytest.raises(RuntimeError, match="weight is on GPU 0, and x on GPU 1"):
         torch.ops.kpdeploy.rms_norm(x, w.to("cuda:0"), 1e-6)
+
+    arguments = (x.cpu(), w.cpu(), 1e-6)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(cuda_provider)
+    model = calls.onnx_model(OPS["rms_norm"], arguments)
+    with torch.cuda.device(0):  # ONNX Runtime leaves the GPU of its last run current
+        session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDER, {"device_id": 1})])
+        (found,) = session.run(None, {"i0": arguments[0].numpy(), "i1": arguments[1].numpy()})
+    assert torch.equal(torch.from_numpy(found), out.cpu())
 
 
 def test_keys_beyond_the_length_are_not_read(gpu: None) -> None:
@@ -312,7 +374,15 @@ def test_wrong_use_in_onnx_runtime_is_one_clear_error(cuda_provider: str) -> Non
         through_onnxruntime(OPS["linear_activation"], (X, W[:, :5], None, "gelu"), cuda_provider)
 
 
-def test_float16_needs_the_cuda_provider(cuda_provider: str) -> None:
-    model = calls.onnx_model(OPS["rms_norm"], (X.half(), X[0].half(), 1e-5))
-    with pytest.raises(Exception, match="RmsNorm"):
-        session_of(model, cuda_provider, "CPUExecutionProvider")
+def test_float16_on_the_cpu_is_cast_by_onnx_runtime_or_refused(onnx_library: str) -> None:
+    """A library with CUDA kernels makes float16 a type of its ops; ONNX Runtime then casts around those for the CPU."""
+    core = pytest.importorskip("kpdeploy._core")
+    arguments = (torch.randn(4, 33).half(), torch.randn(33).half(), 1e-5)
+    model = calls.onnx_model(OPS["rms_norm"], arguments)
+    if not core.cuda():
+        with pytest.raises(Exception, match=r"tensor\(float16\).* of operator \(RmsNorm\)"):
+            session_of(model, onnx_library, "CPUExecutionProvider")
+        return
+    session = session_of(model, onnx_library, "CPUExecutionProvider")
+    out = session.run(None, {"i0": arguments[0].numpy(), "i1": arguments[1].numpy()})[0]
+    assert error(torch.from_numpy(out), calls.reference(OPS["rms_norm"], arguments)[0]) <= 5e-4
