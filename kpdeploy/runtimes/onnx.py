@@ -29,6 +29,8 @@ def load(
     options.intra_op_num_threads = settings.get("threads", 0)
     options.graph_optimization_level = _LEVELS[settings.get("graph_level", "all")]
     options.log_severity_level = 3
+    # Its threads wait for the next operator in a loop, but leave the cores to others between two calls.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for library in settings.get("op_libraries", ()):
         options.register_custom_ops_library(library)
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
