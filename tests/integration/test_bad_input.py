@@ -179,6 +179,10 @@ CASES = [
     Bad(name="someone else's folder", run=[*LIN, "--repo", "foreign"], code=42, says=["foreign/lin", "--name"]),
     Bad(name="serve nothing", run=["serve", "gone"], code=42, says=["gone", "kpdeploy export"]),
     Bad(name="serve an empty folder", run=["serve", "empty"], code=42, says=["empty", "kpdeploy export"]),
+    Bad(name="check nothing", run=["doctor", "gone", "--container", "25.09"], code=42, says=["gone", "kpdeploy export"]),
+    Bad(name="no such container", run=["doctor", "gone", "--container", "25.13"], code=3,
+        says=["25.13", "did you mean tritonserver:26.01?"]),
+    Bad(name="container of nothing", run=["doctor", "--container", "25.09"], code=2, says=["--container needs REPO"]),
     Bad(name="verify nothing", run=["verify", "gone"], code=42, says=["gone", "kpdeploy export"]),
     Bad(name="bench of no server", run=["bench", "localhost:1", "--model", "m"], code=60, says=["localhost:1"]),
     Bad(name="bench of no mode", run=["bench", "localhost:1", "--model", "m", "--mode", "opne"], code=3,
@@ -317,7 +321,7 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-STEP = re.compile(r"(loading|capturing|taking|exporting|proving|measuring|publishing|checking|connecting) .*")
+STEP = re.compile(r"(loading|capturing|taking|fusing|exporting|proving|measuring|publishing|checking|connecting) .*")
 
 
 def assert_one_clear_message(result: subprocess.CompletedProcess[str], code: int, says: list[str]) -> None:

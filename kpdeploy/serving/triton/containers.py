@@ -2,19 +2,21 @@
 
 Where the numbers come from (looked up in November 2026; a cell without a source is None, which means not known):
 
-- ONNX Runtime, Python: docs/introduction/compatibility.md of triton-inference-server/server. CUDA: the release notes
-  (docs.nvidia.com/deeplearning/triton-inference-server/release-notes), and for the months whose page was not at hand
-  that same table; by major and minor, in which the two agree wherever both speak.
+- ONNX Runtime, Python: docs/introduction/compatibility.md of triton-inference-server/server (for 24.12 its release
+  notes say 1.19.2 where that table says 1.20.1). CUDA: the release notes, docs.nvidia.com/deeplearning/
+  triton-inference-server/release-notes, and for the months whose page was not at hand that same table; by major and
+  minor, in which the two agree wherever both speak. 26.09: the README of ai-dynamo/dynamo names its CUDA.
 - Driver: the release the notes demand ("requires NVIDIA Driver release 575 or later"); data-centre GPUs have more ways.
 - PyTorch: the pytorch backend is built from nvcr.io/nvidia/pytorch of the same month (its README; issue 8414 of the
   server repository for 25.09), and those containers report their torch as `2.9.0a0+50eac811a6.nv25.09`. An `a0` is a
-  snapshot from before that release, so 2.10.0a0 does not count as 2.10. There was no pytorch container in 25.07.
+  snapshot from before that release, so 2.10.0a0 does not count as 2.10. Of 25.07 none was found.
 - OpenVINO: 24.12 as its release notes say; 25.03 as build.py of 25.03dev; 25.05 as the pull request (8196) that brought
   it together with ONNX Runtime 1.22. All others are not told.
 - Ubuntu follows from the Python: 3.10.12 is that of 22.04, 3.12.3 that of 24.04 (24.12's notes name both). glibc and
   libstdc++ (of GCC 12.3 and 14) are those of the Ubuntu; symbol versions as in libstdc++'s manual, "ABI Policy".
-- torch_aoti: since 26.03, Beta; the release notes and the README of pytorch_backend.
-- ONNX opsets and IR versions: tried with each release of ONNX Runtime's own package, one tiny model a version.
+- torch_aoti: since 26.03, Beta, and its names by call spec since 26.05: what pytorch_backend's documentation said when
+  the format pt2 was added here.
+- ONNX opsets and IR versions: tried with ONNX Runtime's own packages of these releases, one tiny model a version.
 - OpenVINO's operation sets: docs.openvino.ai, "Available Operation Sets"; opset16 as in the package of 2025.0.
 """
 
