@@ -203,6 +203,22 @@ bool many_rows(const Tensor& x) {
   return k > 0 && x.numel() / k > kFewRows;
 }
 
+// Whether oneDNN takes bfloat16 on this CPU, as torch has it: not without AVX-512.
+bool onednn_has_bfloat16() {
+  static const bool has = [] {
+    StableIValue result = 0;
+    return aoti_torch_call_dispatcher("mkldnn::_is_mkldnn_bf16_supported", "", &result) == AOTI_TORCH_SUCCESS &&
+           torch::stable::detail::to<bool>(result);
+  }();
+  return has;
+}
+
+// `view`: of x. The weights have elements.
+bool onednn_multiplies(const Tensor& x, const View& view) {
+  return view.view.device == KPDEPLOY_CPU && onednn() && many_rows(x) &&
+         (view.view.dtype != KPDEPLOY_BF16 || onednn_has_bfloat16());
+}
+
 Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Optional& bias, int activation) {
   static const char* const kNames[] = {"none", "relu", "gelu", "gelu", "swish"};
   const char* algorithm = activation == KPDEPLOY_GELU_TANH ? "tanh" : "none";
@@ -223,7 +239,7 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
   const View a(x), w(weight);
   const OptionalView b(bias);
   run(a, [&](const kpdeploy_context* c) { return kpdeploy_check_linear_activation(c, a, w, b, kind); });
-  if (x.is_cpu() && onednn() && many_rows(x) && weight.numel() > 0) return onednn_linear(x, weight, bias, kind);
+  if (weight.numel() > 0 && onednn_multiplies(x, a)) return onednn_linear(x, weight, bias, kind);
   Tensor out = empty(linear_sizes(x, weight), x);
   const View o(out);
   run(a, [&](const kpdeploy_context* c) { return kpdeploy_linear_activation(c, a, w, b, kind, o); });
@@ -234,7 +250,7 @@ Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
   make_dense(x, gate_weight, up_weight);
   const View a(x), g(gate_weight), u(up_weight);
   run(a, [&](const kpdeploy_context* c) { return kpdeploy_check_gated_linear(c, a, g, u); });
-  if (x.is_cpu() && onednn() && many_rows(x) && up_weight.numel() > 0) {
+  if (up_weight.numel() > 0 && onednn_multiplies(x, a)) {
     const Tensor gate = onednn_linear(x, gate_weight, std::nullopt, KPDEPLOY_NONE);
     const Tensor up = onednn_linear(x, up_weight, std::nullopt, KPDEPLOY_NONE);
     const View gv(gate), uv(up);

@@ -112,7 +112,6 @@ def test_without_the_libraries_the_stand_ins_are_chosen_and_the_reasons_told() -
         assert any(f"this installation holds no lib/{library}" in why for why in whys)
 
 
-@pytest.mark.xfail(strict=True, reason="csrc/torch/ops.cpp gives bfloat16 to oneDNN where oneDNN has none for the CPU")
 def test_bfloat16_runs_on_a_cpu_without_avx512(torch_library: str) -> None:
     script = (
         "import sys, torch\n"
