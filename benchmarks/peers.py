@@ -657,7 +657,8 @@ def show(
 
 
 def settings_of(row: Row) -> str:
-    return ", ".join(f"{key} {value}" for key, value in row.settings.items() if key not in ("shapes", "backend", "op_libraries"))
+    untold = ("shapes", "backend", "op_libraries")
+    return ", ".join(f"{key} {value}" for key, value in row.settings.items() if key not in untold)
 
 
 if __name__ == "__main__":

@@ -183,14 +183,9 @@ def export(
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
         capture = Capture(settled, work)
-        fused = (
-            Fusions(())
-            if fuse == "never"
-            else _fuse(capture, _formats(target, format), progress, must=fuse == "always")
-        )
-        tried = _try_formats(
-            capture, fused, _formats(target, format), asked, tolerances, progress, plain=fuse != "always"
-        )
+        wanted = _formats(target, format)
+        fused = {} if fuse == "never" else _fuse(capture, wanted, progress, must=fuse == "always")
+        tried = _try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
         candidates = _measure(tried, settled.signature, progress)
         chosen = _choose(candidates, format, asked)
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(candidates, chosen, fused))
@@ -202,7 +197,7 @@ def export(
         candidates=tuple(candidates),
         chosen=chosen,
         decisions=deployment.manifest.decisions,
-        fusions=fused.decisions,
+        fusions=_told_of(fused, chosen),
         baseline=baseline,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
@@ -373,60 +368,62 @@ def _formats(target: str, format: str) -> list[Format]:
 
 
 @dataclass(frozen=True)
-class Fusions:
+class Fusion:
     """The model with fused ops, captured again (None: there are none), and what was fused and refused."""
 
     decisions: tuple[Decision, ...]
     capture: Capture | None = None
 
 
-def _fuse(capture: Capture, formats: Sequence[Format], progress: Progress, *, must: bool) -> Fusions:
-    """Replace subgraphs by fused ops where a format can carry them."""
+def _fuse(capture: Capture, formats: Sequence[Format], progress: Progress, *, must: bool) -> dict[str, Fusion]:
+    """Replace subgraphs by fused ops for each format that can carry them, by its name."""
     model = capture.model
-    libraries_missing = [found for f in formats if f.library and isinstance(found := find(f.library), Skipped)]
+    carry = [f for f in formats if f.library]
+    missing = [found for f in carry if isinstance(found := find(f.library), Skipped)]
+    fusions: dict[str, Fusion] = {}
     if model.program is None:
         skipped: list[Decision] = [Skipped(what="fused ops", reason=f"a model given as {model.kind} has no graph here")]
-    elif not any(f.library for f in formats):
+    elif not carry:
         skipped = [Skipped(what="fused ops", reason=f"{formats[0].name} cannot carry them")]
-    elif len(libraries_missing) == sum(bool(f.library) for f in formats):
-        skipped = list(libraries_missing[:1])
+    elif len(missing) == len(carry):
+        skipped = list(missing[:1])
     else:
         with progress.step("fusing subgraphs"):
-            fusions = _fused(capture)
-        if fusions.capture is not None or not must:
-            return fusions
-        skipped = list(fusions.decisions)
-    if must:
+            made = {left: _fused(capture, left) for left in {f.leaves: None for f in carry}}
+        fusions = {f.name: made[f.leaves] for f in carry}
+        skipped = [d for fusion in fusions.values() for d in fusion.decisions]
+    if must and not any(fusion.capture for fusion in fusions.values()):
         why = "; ".join(f"{d.what}: {d.reason}" for d in skipped if isinstance(d, Skipped))
         raise ExportFailed(
             f"nothing of {model.name} can be fused",
             why=why or "no subgraph matches a fused op",
             next_step="export it without: --fuse never, or --fuse auto",
         )
-    return Fusions(tuple(skipped))
+    return fusions or {formats[0].name: Fusion(tuple(skipped))}
 
 
-def _fused(capture: Capture) -> Fusions:
+def _fused(capture: Capture, left: tuple[str, ...]) -> Fusion:
+    """The fusion of all ops but those that are left to the format's own compiler."""
     from kpdeploy.export.capture import settle_axes
     from kpdeploy.load.flat import Flat
     from kpdeploy.optimize import fuse
 
-    result = fuse(capture.model)
+    result = fuse(capture.model, left=left)
     if not result.counts:
-        return Fusions(result.decisions)
+        return Fusion(result.decisions)
     again = replace(capture.model, kind="module", module=Flat(result.module, None), program=None, decisions=())
     try:
         settled = settle_axes(again, stated=True)
     except ExportFailed as error:
-        return Fusions((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {error.why}"),))
-    folder = capture.folder / "fused"
+        return Fusion((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {error.why}"),))
+    folder = capture.folder / "-".join(("fused", *left))
     folder.mkdir()
-    return Fusions(result.decisions, replace(capture, model=settled, folder=folder, decisions=[]))
+    return Fusion(result.decisions, replace(capture, model=settled, folder=folder, decisions=[]))
 
 
 def _try_formats(
     capture: Capture,
-    fused: Fusions,
+    fused: Mapping[str, Fusion],
     formats: Sequence[Format],
     asked: Sequence[Question],
     tolerances: Mapping[str, float],
@@ -439,8 +436,9 @@ def _try_formats(
     candidates: list[Candidate] = []
     for format in formats:
         found: list[Candidate] = []
-        if fused.capture is not None and format.library:
-            found += _try_one(format, fused.capture, asked, tolerances, progress, fused=True)
+        fusion = fused.get(format.name)
+        if fusion is not None and fusion.capture is not None:
+            found += _try_one(format, fusion.capture, asked, tolerances, progress, fused=True)
         # A slow export is made once, unless that failed.
         if plain and not (format.slow and any(c.passed for c in found)):
             try:
@@ -584,9 +582,9 @@ def _choose(candidates: Sequence[Candidate], format: str, asked: Sequence[Questi
     )
 
 
-def _decided(candidates: Sequence[Candidate], chosen: Candidate, fused: Fusions) -> Iterator[Decision]:
-    if chosen.fused or fused.capture is None:
-        yield from fused.decisions
+def _decided(candidates: Sequence[Candidate], chosen: Candidate, fused: Mapping[str, Fusion]) -> Iterator[Decision]:
+    if chosen.fused or not any(fusion.capture for fusion in fused.values()):
+        yield from _told_of(fused, chosen)
     yield from chosen.decisions
     for candidate in candidates:
         label = candidate.label
@@ -608,6 +606,12 @@ def _decided(candidates: Sequence[Candidate], chosen: Candidate, fused: Fusions)
     if chosen.format == "openvino":
         detail = "NVIDIA's openvino backend has no setting for it, and takes bf16 on CPUs that have it"
         yield Applied(what="float32 inference in `kpdeploy serve`", detail=f"{detail}: run `kpdeploy verify` there")
+
+
+def _told_of(fused: Mapping[str, Fusion], chosen: Candidate) -> tuple[Decision, ...]:
+    """What the fused form of the chosen format holds; of the first format where that one has none."""
+    fusion = fused.get(chosen.format) or next(iter(fused.values()), None)
+    return fusion.decisions if fusion is not None else ()
 
 
 def _manifest(

@@ -19,7 +19,8 @@ class Format:
     `export(capture, folder)` writes `filename` (and what belongs to it) into an empty folder. `variants` are the
     runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default. `library` is the file
     of kpdeploy.ops.libraries that holds the fused ops for its runtime, empty where the format cannot carry them; then
-    `fused_variants` are those of an artifact with fused ops. `slow`: an export takes a minute.
+    `fused_variants` are those of an artifact with fused ops, and `leaves` the ops that are left to the format's own
+    compiler. `slow`: an export takes a minute.
 
     Raises (export): FormatUnavailable where the model's kind rules the format out; ExportFailed, PackageMissing.
     """
@@ -30,6 +31,7 @@ class Format:
     variants: Sequence[Mapping[str, Any]] = field(default=({},))
     library: str = ""
     fused_variants: Sequence[Mapping[str, Any]] = field(default=({},))
+    leaves: tuple[str, ...] = ()
     slow: bool = False
 
 
@@ -47,7 +49,16 @@ FORMATS = {
         ),
         Format(name="openvino", filename="model.xml", export=openvino.export, variants=({"precision": "f32"},)),
         Format(name="torchscript", filename="model.pt", export=torchscript.export, library=libraries.TORCH),
-        Format(name="pt2", filename="model.pt2", export=pt2.export, library=libraries.TORCH, slow=True),
+        Format(
+            name="pt2",
+            filename="model.pt2",
+            export=pt2.export,
+            library=libraries.TORCH,
+            # AOTInductor lays frozen weights out for oneDNN once, and fuses the activation into the product: faster
+            # than an op that is handed plain weights at each call.
+            leaves=("linear_activation", "gated_linear"),
+            slow=True,
+        ),
     )
 }
 

@@ -7,7 +7,7 @@ fused module is then captured again, so that what is exported is a valid program
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from torch.fx import GraphModule
@@ -40,17 +40,17 @@ class Fused:
     decisions: tuple[Decision, ...]
 
 
-def fuse(model: Model) -> Fused:
+def fuse(model: Model, *, left: Collection[str] = ()) -> Fused:
     """Fuse what can be fused in the model's exported program. The model itself is not changed.
 
-    `model.program` must be there (kpdeploy.export.capture.settle_axes).
+    `model.program` must be there (kpdeploy.export.capture.settle_axes). `left` are ops that are not looked for.
     """
     assert model.program is not None
     register()
     module: GraphModule = model.program.module()
     drop_identities(module)
     refused: Counter[tuple[str, str]] = Counter()
-    for op, find in FUSIONS:
+    for op, find in (row for row in FUSIONS if row[0] not in left):
         for finding in list(find(module, model.signature)):
             if isinstance(finding, Match):
                 finding.apply()
