@@ -41,7 +41,7 @@ import numpy as np
 import psutil
 
 from kpdeploy import __version__
-from kpdeploy.artifact import Manifest, sha256
+from kpdeploy.artifact import Manifest, located, sha256
 from kpdeploy.bench.loops import closed
 from kpdeploy.bench.report import Latencies
 from kpdeploy.bench.wire import GrpcWire
@@ -202,7 +202,7 @@ def artifact_call(manifest: Manifest, folder: Path) -> Call:
         str(folder / manifest.filename),
         inputs=manifest.input_names,
         outputs=manifest.output_names,
-        settings=dict(manifest.settings),
+        settings=located(manifest.settings, folder),
     )
     return one_at_a_time(call)
 

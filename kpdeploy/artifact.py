@@ -26,6 +26,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def located(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings that a runtime loads an artifact with: kernel libraries in `folder` by their paths."""
+    libraries = [str(folder.absolute() / name) for name in settings.get("op_libraries", ())]
+    return {**settings, "op_libraries": libraries} if libraries else dict(settings)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
     """A model in one format: the folder it is in, its main file, and the names it gives its tensors.

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from kpdeploy.artifact import Artifact
+from kpdeploy.artifact import Artifact, located
 from kpdeploy.errors import ProofFailed
 from kpdeploy.inputs import Array
 from kpdeploy.runtimes import source
@@ -71,15 +71,13 @@ class RuntimeProcess:
         )
 
     def _job(self) -> dict[str, Any]:
-        artifact, settings = self.artifact, dict(self.settings)
-        if libraries := settings.get("op_libraries"):
-            settings["op_libraries"] = [str(artifact.folder.absolute() / library) for library in libraries]
+        artifact = self.artifact
         return {
             "runtime_file": str(self.runtime_file),
             "path": str(artifact.path),
             "inputs": list(artifact.input_names),
             "outputs": list(artifact.output_names),
-            "settings": settings,
+            "settings": located(self.settings, artifact.folder),
         }
 
     def _end(self) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from kpdeploy.artifact import Manifest
+from kpdeploy.artifact import Manifest, located
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken
 from kpdeploy.runtimes import PACKAGES, source
@@ -138,11 +138,9 @@ def instances(config: Any) -> int:
 
 def artifact(manifest: Manifest, version_folder: Path, config: Any) -> dict[str, Any]:
     """What model.py loads: artifact.json."""
-    settings = dict(manifest.settings)
+    settings = located(manifest.settings, version_folder)
     if (count := instances(config)) > 1 and not settings.get("threads"):
         settings["threads"] = max(1, len(os.sched_getaffinity(0)) // count)
-    if libraries := settings.get("op_libraries"):
-        settings["op_libraries"] = [str(version_folder / library) for library in libraries]
     signature = manifest.signature
     return {
         "path": str(version_folder / manifest.filename),
