@@ -160,7 +160,8 @@ def export(
         input: texts such as "input_ids:int64[batch=1..32,seq=1..512]"; example: an .npz with one array per input.
         max_batch: the largest batch of inputs that do not say it themselves.
         tolerance: largest relative errors by dtype, in place of kpdeploy.compare.TOLERANCES.
-        fuse: "auto" tries each format with and without fused ops, "never" without, "always" only with.
+        fuse: "auto" tries each format with and without fused ops (those that take a minute without), "never" without,
+            "always" only with.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -437,10 +438,10 @@ def _try_formats(
     for format in formats:
         found: list[Candidate] = []
         fusion = fused.get(format.name)
-        if fusion is not None and fusion.capture is not None:
+        # A slow export is made once: without, where that may be, for its compiler has fused better wherever measured.
+        if fusion is not None and fusion.capture is not None and not (format.slow and plain):
             found += _try_one(format, fusion.capture, asked, tolerances, progress, fused=True)
-        # A slow export is made once, unless that failed.
-        if plain and not (format.slow and any(c.passed for c in found)):
+        if plain:
             try:
                 found += _try_one(format, capture, asked, tolerances, progress, fused=False)
             except (ExportFailed, FormatUnavailable, PackageMissing) as error:

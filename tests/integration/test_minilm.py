@@ -18,25 +18,27 @@ from kpdeploy.pipeline import TARGETS
 from kpdeploy.serving.client import connect
 from kpdeploy.serving.triton.repository import read_repository
 
-FORMATS = TARGETS["triton"]
+FORMS = [*((format, "never") for format in TARGETS["triton"]), ("onnx", "always"), ("torchscript", "always")]
+"""Each format as it is, and two with fused ops."""
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A repository with MiniLM in every format, and the gRPC address of the Triton that serves it."""
+    """A repository with MiniLM in every form, and the gRPC address of the Triton that serves it."""
     repo = tmp_path_factory.mktemp("models")
-    for format in FORMATS:
-        report = kpdeploy.export("minilm", repo=repo, format=format, name=f"minilm_{format}")
+    for format, fuse in FORMS:
+        report = kpdeploy.export("minilm", repo=repo, format=format, fuse=fuse, name=f"minilm_{format}_{fuse}")
         assert report.chosen.passed
+        assert report.chosen.fused == (fuse == "always")
     with kpdeploy.serve(repo, http_port=0, grpc_port=0, metrics_port=0) as server:
         yield repo, f"localhost:{server.ports.grpc}"
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("format", FORMATS)
-def test_triton_gives_the_embeddings_of_eager_pytorch(format: str, served: tuple[Path, str]) -> None:
+@pytest.mark.parametrize(("format", "fuse"), FORMS)
+def test_triton_gives_the_embeddings_of_eager_pytorch(format: str, fuse: str, served: tuple[Path, str]) -> None:
     repo, url = served
-    manifest = next(d.manifest for d in read_repository(str(repo)) if d.model == f"minilm_{format}")
+    manifest = next(d.manifest for d in read_repository(str(repo)) if d.model == f"minilm_{format}_{fuse}")
     encoder = sentence_encoder(minilm_folder())
     rng = np.random.default_rng()
     with connect(url) as client:
@@ -51,7 +53,7 @@ def test_triton_gives_the_embeddings_of_eager_pytorch(format: str, served: tuple
 
 def test_the_manifest_names_source_weights_versions_and_every_candidate(served: tuple[Path, str]) -> None:
     repo, _ = served
-    kept = json.loads((repo / "minilm_onnx" / "1" / "manifest.json").read_text())
+    kept = json.loads((repo / "minilm_onnx_never" / "1" / "manifest.json").read_text())
     assert kept["source"]["example"] == "minilm"
     assert len(kept["source"]["weights"]["model.safetensors"]) == 64
     assert kept["environment"]["packages"]["torch"] == torch.__version__
