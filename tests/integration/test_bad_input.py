@@ -542,6 +542,7 @@ def test_a_good_export_says_its_steps_and_the_next_command_and_nothing_else(good
         "loading the model",
         "capturing the graph",
         "taking the baseline of the unmodified model",
+        "fusing subgraphs",
         "exporting torchscript",
         "proving torchscript in a fresh process",
         "measuring what passed",
