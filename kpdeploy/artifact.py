@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kpdeploy.decision import Applied, Decision, Skipped
@@ -130,6 +130,11 @@ class Manifest:
     mount: str = MOUNT
     contract: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     schema: int = SCHEMA
+
+    @property
+    def mounted(self) -> PurePosixPath:
+        """The version's folder as the server sees it."""
+        return PurePosixPath(self.mount, self.model, str(self.version))
 
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -101,7 +101,7 @@ def _provider_rows() -> Iterable[tuple[str, ...]]:
         yield p.name, _place(p), " ".join(_short(d) for d in p.dtypes), p.when
 
 
-def _place(p: providers.Provider) -> str:
+def _place(p: providers.Provider | Checked) -> str:
     return p.runtime if p.device == "cpu" else f"{p.runtime} {p.device}"
 
 
@@ -251,9 +251,8 @@ def _show(rows: Iterable[Checked]) -> None:
     columns = ("op", "in", "provider", "dtype", "cases", "error", "allowed", "")
     drawn = []
     for r in rows:
-        place = r.runtime if r.device == "cpu" else f"{r.runtime} {r.device}"
         measured = (r.cases, f"{r.error:.1e}", f"{r.tolerance:.1e}")
-        drawn.append((r.op, place, r.provider, _short(r.dtype), *measured, console.mark(r.passed)))
+        drawn.append((r.op, _place(r), r.provider, _short(r.dtype), *measured, console.mark(r.passed)))
     console.table(columns, drawn)
     for r in rows:
         if not r.passed:

@@ -8,10 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kpdeploy.ops import NAMESPACE, ONNX_DOMAIN, OPS, Op
-
-OPSET = 20
-"""That of the functions, and of the models which carry them: the newest that ONNX Runtime 1.17 and later load. Gelu is
-an operator in it."""
+from kpdeploy.ops.op import OPSET
 
 VERSION = 1
 """Of the domain com.kpdeploy."""
@@ -43,33 +40,24 @@ def define(model: Any) -> None:
         model.graph.opset_imports[ONNX_DOMAIN] = VERSION
 
 
-def _arguments(op: Op) -> list[Any]:
-    """The arguments of torch's schema: names, types, and which tensors are optional."""
-    import torch
-
-    return list(getattr(getattr(torch.ops, NAMESPACE), op.name).default._schema.arguments)
-
-
-def _is_tensor(argument: Any) -> bool:
-    return "Tensor" in str(argument.type)
+def _is_tensor(kind: str) -> bool:
+    return kind.startswith("Tensor")
 
 
 def schema(op: Op) -> Any:
     """The op's onnx.defs.OpSchema. It is not registered with ONNX, whose reference evaluator refuses a name in two
     domains (Attention)."""
-    import torch
     from onnx import defs
 
     kinds = {"int": "INT", "bool": "INT", "float": "FLOAT", "str": "STRING"}
     required, parameter = defs.OpSchema.AttrType, defs.OpSchema.FormalParameter
-    inputs = [parameter(a.name, _type(a)) for a in _arguments(op) if _is_tensor(a)]
+    inputs = [parameter(name, _type(name)) for kind, name in op.parameters if _is_tensor(kind)]
     attributes = [
-        defs.OpSchema.Attribute(a.name, getattr(required, kinds[str(a.type)]), required=True)
-        for a in _arguments(op)
-        if not _is_tensor(a)
+        defs.OpSchema.Attribute(name, getattr(required, kinds[kind]), required=True)
+        for kind, name in op.parameters
+        if not _is_tensor(kind)
     ]
-    results = getattr(getattr(torch.ops, NAMESPACE), op.name).default._schema.returns
-    outputs = [parameter(r.name or "out", "T") for r in results]
+    outputs = [parameter(f"out{index}", "T") for index in range(op.results)]
     floats = ["tensor(float)", "tensor(bfloat16)", "tensor(float16)", "tensor(double)"]
     return defs.OpSchema(
         op.onnx,
@@ -82,8 +70,8 @@ def schema(op: Op) -> Any:
     )
 
 
-def _type(argument: Any) -> str:
-    return "tensor(int64)" if argument.name == "lengths" else "T"
+def _type(name: str) -> str:
+    return "tensor(int64)" if name == "lengths" else "T"
 
 
 def _translation(op: Op) -> Callable[..., Any]:
@@ -94,20 +82,19 @@ def _translation(op: Op) -> Callable[..., Any]:
     from onnxscript.values import Op as Node
     from onnxscript.values import Opset
 
-    declared = _arguments(op)
     node = Node(Opset(ONNX_DOMAIN, VERSION), op.onnx, schema(op))
 
     def translate(*given: Any, **named: Any) -> Any:
-        values = {**dict(zip((a.name for a in declared), given, strict=False)), **named}
+        values = {**dict(zip((name for _, name in op.parameters), given, strict=False)), **named}
         tensors: list[Any] = []
         attributes = {}
-        for argument in declared:
-            value = values[argument.name]
-            if not _is_tensor(argument):
-                attributes[argument.name] = int(value) if isinstance(value, bool) else value
+        for kind, name in op.parameters:
+            value = values[name]
+            if not _is_tensor(kind):
+                attributes[name] = int(value) if isinstance(value, bool) else value
             elif value is None:
                 # A function's body cannot ask whether an input is there; it can cut an empty one.
-                dtype = ir.DataType.INT64 if argument.name == "lengths" else tensors[0].dtype
+                dtype = ir.DataType.INT64 if name == "lengths" else tensors[0].dtype
                 empty: Any = ir.tensor(np.empty(0, dtype.numpy()))
                 tensors.append(opset20.Constant(value=empty))
             else:
@@ -115,7 +102,7 @@ def _translation(op: Op) -> Callable[..., Any]:
         return node(*tensors, **attributes)
 
     translate.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(a.name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for a in declared]
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for _, name in op.parameters]
     )
     translate.__name__ = op.name
     return translate

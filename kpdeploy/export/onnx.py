@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kpdeploy.errors import ExportFailed
 from kpdeploy.export import custom_ops
+from kpdeploy.ops.op import OPSET
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def export(capture: Capture, folder: Path) -> None:
             program = torch.onnx.export(
                 source,
                 dynamo=True,
-                opset_version=custom_ops.OPSET,
+                opset_version=OPSET,
                 custom_translation_table=dict(custom_ops.translations()),
                 verbose=False,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import layer_norm
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import SHIFT, Op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,19 +21,17 @@ def fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: 
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-ONNX_BODY = """
+ONNX_BODY = (
+    """
 AddLayerNorm <eps> (x, residual, weight, bias) => (normalized, sum) {
-    zero = Constant <value_float = 0.0> ()
-    zero_like = CastLike (zero, weight)
-    width = Shape <start = 0, end = 1> (weight)
-    zeros = Expand (zero_like, width)
-    padded = Concat <axis = 0> (bias, zeros)
-    first = Constant <value_ints = [0]> ()
-    shift = Slice (padded, first, width)
+"""
+    + SHIFT
+    + """\
     sum = Add (x, residual)
     normalized = LayerNormalization <axis = -1, epsilon: float = @eps> (sum, weight, shift)
 }
 """
+)
 
 
 ADD_LAYER_NORM = Op(

@@ -12,15 +12,12 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
+from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, OPSET, Op
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Arguments = tuple[Any, ...]
-
-OPSET = 20
-"""Of ONNX; the oldest ONNX Runtime that the library takes knows it."""
 
 _M_PERTURB = -6
 _POISON = 0x80  # malloc's new memory is then full of 0x7f: 3.4e38 as float32 and bfloat16, NaN as float16
@@ -120,7 +117,7 @@ def onnx_model(op: Op, arguments: Arguments, *, constant: bool = False) -> bytes
             initializers.append(helper.make_tensor(name, kind, tensor.shape, content, raw=True))
         else:
             inputs.append(helper.make_tensor_value_info(name, kind, [None] * tensor.dim()))
-    outs = [f"o{index}" for index in range(op.schema.partition("->")[2].count("Tensor"))]
+    outs = [f"o{index}" for index in range(op.results)]
     node = helper.make_node(op.onnx, names, outs, domain=ONNX_DOMAIN, **_attributes(op, arguments))
     results = [helper.make_tensor_value_info(out, _onnx_type(arguments[0]), None) for out in outs]
     graph = helper.make_graph([node], op.name, inputs, results, initializers)
@@ -171,20 +168,14 @@ def _contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
-def _parameters(op: Op) -> list[tuple[str, str]]:
-    """Type and name of each parameter of the schema."""
-    inner = op.schema.partition("(")[2].partition(")")[0]
-    return [(kind, name.partition("=")[0]) for kind, name in (part.split() for part in inner.split(", "))]
-
-
 def _tensors(op: Op, arguments: Arguments) -> list[tuple[str, Tensor | None]]:
     """Each tensor of the call with its name."""
-    given = zip(_parameters(op), arguments, strict=True)
+    given = zip(op.parameters, arguments, strict=True)
     return [(name, a) for (kind, name), a in given if kind.startswith("Tensor")]
 
 
 def _attributes(op: Op, arguments: Arguments) -> dict[str, Any]:
-    given = zip(_parameters(op), arguments, strict=True)
+    given = zip(op.parameters, arguments, strict=True)
     return {name: int(a) if kind == "bool" else a for (kind, name), a in given if not kind.startswith("Tensor")}
 
 

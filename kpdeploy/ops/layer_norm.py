@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import SHIFT, Op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,18 +22,16 @@ def fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-ONNX_BODY = """
+ONNX_BODY = (
+    """
 LayerNorm <eps> (x, weight, bias) => (out) {
-    zero = Constant <value_float = 0.0> ()
-    zero_like = CastLike (zero, weight)
-    width = Shape <start = 0, end = 1> (weight)
-    zeros = Expand (zero_like, width)
-    padded = Concat <axis = 0> (bias, zeros)
-    first = Constant <value_ints = [0]> ()
-    shift = Slice (padded, first, width)
+"""
+    + SHIFT
+    + """\
     out = LayerNormalization <axis = -1, epsilon: float = @eps> (x, weight, shift)
 }
 """
+)
 
 
 LAYER_NORM = Op(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import SHIFT, Op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,17 +38,14 @@ def fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Ten
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-ONNX_BODY = """
+ONNX_BODY = (
+    """
 LinearActivation <activation> (x, weight, bias) => (out) {
     columns = Transpose <perm = [1, 0]> (weight)
     product = MatMul (x, columns)
-    zero = Constant <value_float = 0.0> ()
-    zero_like = CastLike (zero, weight)
-    width = Shape <start = 0, end = 1> (weight)
-    zeros = Expand (zero_like, width)
-    padded = Concat <axis = 0> (bias, zeros)
-    first = Constant <value_ints = [0]> ()
-    shift = Slice (padded, first, width)
+"""
+    + SHIFT
+    + """\
     sum = Add (product, shift)
     chosen = Constant <value_string: string = @activation> ()
     none = Constant <value_string = "none"> ()
@@ -73,6 +70,7 @@ LinearActivation <activation> (x, weight, bias) => (out) {
     }>
 }
 """
+)
 
 
 LINEAR_ACTIVATION = Op(

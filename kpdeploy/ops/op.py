@@ -12,6 +12,21 @@ NAMESPACE = "kpdeploy"
 ONNX_DOMAIN = "com.kpdeploy"
 """Of the ops in ONNX, version 1."""
 
+OPSET = 20
+"""Of ONNX, that of the ops' functions and of the models that carry them: the newest that ONNX Runtime 1.17 and later
+load. Gelu is an operator in it."""
+
+SHIFT = """\
+    zero = Constant <value_float = 0.0> ()
+    zero_like = CastLike (zero, weight)
+    width = Shape <start = 0, end = 1> (weight)
+    zeros = Expand (zero_like, width)
+    padded = Concat <axis = 0> (bias, zeros)
+    first = Constant <value_ints = [0]> ()
+    shift = Slice (padded, first, width)
+"""
+"""Lines of a function of ONNX: `shift` is `bias`, or zeros as wide as `weight` where the bias is an empty tensor."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
@@ -37,3 +52,14 @@ class Op:
     def qualified(self) -> str:
         """Its name in torch, such as "kpdeploy::attention"."""
         return f"{NAMESPACE}::{self.name}"
+
+    @property
+    def parameters(self) -> list[tuple[str, str]]:
+        """Type and name of each parameter of the schema, such as ("Tensor?", "bias")."""
+        inner = self.schema.partition("(")[2].partition(")")[0]
+        return [(kind, name.partition("=")[0]) for kind, name in (part.split() for part in inner.split(", "))]
+
+    @property
+    def results(self) -> int:
+        """How many tensors it gives."""
+        return self.schema.partition("->")[2].count("Tensor")

@@ -6,7 +6,7 @@ import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -276,7 +276,7 @@ def _alpha(found: str, least: str) -> str:
 def _library_paths(manifest: Manifest, config: Any) -> Iterator[Decision]:
     """config.pbtxt's op_library_filename goes to dlopen as it is: it must be the file's place below the mount."""
     written = set(config.model_operations.op_library_filename)
-    folder = PurePosixPath(manifest.mount, manifest.model, str(manifest.version))
+    folder = manifest.mounted
     right = {str(folder / name) for name in manifest.files}
     expected = manifest.settings.get("op_libraries", ()) if manifest.format == "onnx" else ()
     for path in sorted(written | {str(folder / name) for name in expected}):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import keyword
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -125,8 +124,8 @@ def _set_settings(config: Any, manifest: Manifest, loader: Loader) -> None:
     if (level := settings.get("graph_level", "all")) in _GRAPH_LEVELS:
         config.optimization.graph.CopyFrom(ModelOptimizationPolicy.Graph(level=_GRAPH_LEVELS[level]))
     # It goes to dlopen as it is: absolute, for where the repository will be mounted.
-    folder = PurePosixPath(manifest.mount, manifest.model, str(manifest.version))
-    config.model_operations.op_library_filename.extend(str(folder / name) for name in settings.get("op_libraries", ()))
+    libraries = (str(manifest.mounted / name) for name in settings.get("op_libraries", ()))
+    config.model_operations.op_library_filename.extend(libraries)
 
 
 def _data_type(dtype: str) -> Any:
