@@ -15,6 +15,10 @@ from kpdeploy.artifact import BASELINE, GOLDEN, Latency
 from kpdeploy.errors import RepositoryBroken
 from kpdeploy.inputs import Array
 
+BUCKETS_SECONDS = tuple(float(f"{0.0005 * 1.15**step:.4g}") for step in range(85))
+"""Upper bounds of the latency histogram, 0.5 ms to 63 s in steps of 15 %, then infinity: the same at export, in the
+probe and in every rule, for a quantile of a histogram depends on its buckets."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:

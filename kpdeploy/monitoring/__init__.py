@@ -1,0 +1,1 @@
+"""Watching a served model: what it does now, against what its export promised. No torch here."""
