@@ -1,6 +1,7 @@
 // Attention of one block of queries in one head, over blocks of keys with a running softmax (Milakov and Gimelshein
 // 2018; FlashAttention, Dao et al. 2022). Included only by isa.cpp, after linear_kernel.h.
 
+constexpr float kLog2E = 1.44269504f;  // scores are in units of ln 2, for weights by powers of 2
 constexpr int64_t kKeys = 256;  // keys in a block: its scores for one tile of queries stay in the first cache
 
 // Tiles of queries, of even size: see rows_per_tile in linear.cpp.
@@ -36,9 +37,9 @@ int64_t attention_scratch(int64_t queries, int64_t head_size) {
   return attention_layout(base, queries, head_size).floats;
 }
 
-// Scores to weights e^(s - largest), with the running largest and total. Weights from `seen` to `width` are 0.
-// Returns by what the earlier keys' part must be multiplied.
-inline float soften(float* scores, int64_t seen, int64_t width, float& running, float& total) {
+// Scores to weights 2^(s - largest), with the running largest and total. Weights from `seen` to `width` are 0.
+// Returns by what the earlier keys' part must be multiplied; `first`: there are none.
+inline float soften(float* scores, int64_t seen, int64_t width, bool first, float& running, float& total) {
   const int64_t whole = seen - seen % W;
   vf top = splat(running);
   for (int64_t j = 0; j < whole; j += W) {
@@ -52,17 +53,17 @@ inline float soften(float* scores, int64_t seen, int64_t width, float& running, 
   const float now = largest(top);
   vf added = {};
   for (int64_t j = 0; j < whole; j += W) {
-    const vf weight = exp(load(scores + j) - now);
+    const vf weight = exp2_below(load(scores + j) - now);
     store(scores + j, weight);
     added += weight;
   }
   if (whole < seen) {
-    const vf weight = keep(exp(load(scores + whole) - now), seen - whole, 0);
+    const vf weight = keep(exp2_below(load(scores + whole) - now), seen - whole, 0);
     store(scores + whole, weight);
     added += weight;
   }
   for (int64_t j = round_up(seen, W); j < width; j += W) store(scores + j, vf{});
-  const float shrink = exp(splat(running - now))[0];
+  const float shrink = first ? 1 : exp2_below(splat(running - now))[0];
   total = total * shrink + sum(added);
   running = now;
   return shrink;
@@ -86,8 +87,8 @@ inline void attend_tile(const AttentionBlock& t, const AttentionScratch& s, int6
       __builtin_memset(s.scores + r * kKeys, 0, width * sizeof(float));
       continue;
     }
-    const float shrink = soften(s.scores + r * kKeys, seen, width, s.largest[row + r], s.total[row + r]);
-    if (first > 0 && shrink != 1)
+    const float shrink = soften(s.scores + r * kKeys, seen, width, first == 0, s.largest[row + r], s.total[row + r]);
+    if (shrink != 1)
       for (int64_t c = 0; c < columns; c += W) {
         float* out = s.out + (row + r) * columns + c;
         store(out, load(out) * shrink);
@@ -109,7 +110,7 @@ void attention_block(const AttentionBlock& t) {
                    kTileRows);
   }
   for (int64_t i = 0; i < round_up(t.queries, kTileRows) * t.head_size; i += W)
-    store(s.query + i, load(s.query + i) * t.scale);
+    store(s.query + i, load(s.query + i) * (t.scale * kLog2E));
   __builtin_memset(s.out, 0, round_up(t.queries, kTileRows) * columns * sizeof(float));
   for (int64_t i = 0; i < t.queries; ++i) {
     s.largest[i] = -3.4e38f;

@@ -68,20 +68,27 @@ inline vi lanes() {
 // v in the first n lanes, `other` in the rest.
 inline vf keep(vf v, int64_t n, float other) { return lanes() < (int32_t)(n < W ? n : W) ? v : splat(other); }
 
-inline float sum(vf v) {
-  float lane[W];
-  store(lane, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-  return lane[0];
+// v with its halves, then quarters, ... exchanged: step by step each lane meets all others.
+template <int Step>
+inline vf exchanged(vf v) {
+  vi other;
+  for (int i = 0; i < W; ++i) other[i] = i ^ Step;
+  return __builtin_shuffle(v, other);
 }
 
+template <int Step = W / 2>
+inline float sum(vf v) {
+  v += exchanged<Step>(v);
+  if constexpr (Step > 1) return sum<Step / 2>(v);
+  return v[0];
+}
+
+template <int Step = W / 2>
 inline float largest(vf v) {
-  float lane[W];
-  store(lane, v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-  return lane[0];
+  const vf other = exchanged<Step>(v);
+  v = v > other ? v : other;
+  if constexpr (Step > 1) return largest<Step / 2>(v);
+  return v[0];
 }
 
 inline vf bound(vf v, float low, float high) {
@@ -104,6 +111,21 @@ inline vf exp(vf x) {
   p = p * f + 1.0f / 6;
   p = p * f + 0.5f;
   p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  return (vf)((vi)p + ((vi)shifted << 23));
+}
+
+// 2^x for x <= 0, by 2^n 2^f, |f| <= 1/2, and a minimax polynomial of degree 5 (Lawson's algorithm; 1.7e-7 relative,
+// rounding counted; 2^0 is 1). Below 2^-126 it is 2^-126, not 0.
+inline vf exp2_below(vf x) {
+  x = x < splat(-126.0f) ? splat(-126.0f) : x;  // lets a NaN through
+  const vf shifted = x + 12582912.0f;  // as in exp
+  const vf f = x - (shifted - 12582912.0f);
+  vf p = splat(0.0013264399021863937f);
+  p = p * f + 0.009671514853835106f;
+  p = p * f + 0.055507346987724304f;
+  p = p * f + 0.24022242426872253f;
+  p = p * f + 0.6931470036506653f;
   p = p * f + 1.0f;
   return (vf)((vi)p + ((vi)shifted << 23));
 }
