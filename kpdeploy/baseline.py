@@ -1,10 +1,10 @@
-"""What the unmodified model did: golden requests with their answers, and how long they took. NumPy only, so that a
-serving host reads it without torch."""
+"""What was so at export: golden requests with the unmodified model's answers and latencies, and the packaged artifact's
+latencies as windows, which later ones are compared with. NumPy only, so that a serving host reads it without torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ BUCKETS_SECONDS = tuple(float(f"{0.0005 * 1.15**step:.4g}") for step in range(85
 """Upper bounds of the latency histogram, 0.5 ms to 63 s in steps of 15 %, then infinity: the same at export, in the
 probe and in every rule, for a quantile of a histogram depends on its buckets."""
 
+WINDOWS = 20
+"""Windows at each point: enough for a test of significance at p < .001."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
@@ -29,12 +32,50 @@ class Exchange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Latencies of the packaged artifact at one point of the dynamic range, window by window, in its runtime in one
+    process. Calls of one window are correlated: it is windows that are compared, never single calls.
+
+    `calls` were made in each window (the last may have fewer); `histogram` counts them all by BUCKETS_SECONDS, the last
+    entry those above. `rows_per_second` is what one caller gets; `memory_bytes` the process's largest resident size.
+    """
+
+    point: Mapping[str, int]
+    p50_ms: tuple[float, ...]
+    p99_ms: tuple[float, ...]
+    calls: int
+    histogram: tuple[int, ...]
+    rows_per_second: float
+    memory_bytes: int
+
+    @classmethod
+    def of(
+        cls, taken_ms: Sequence[float], *, point: Mapping[str, int], rows: int, memory_bytes: int, count: int = WINDOWS
+    ) -> Windows:
+        """Single calls, in the order in which they were made, as `count` windows of equal length."""
+        parts = [part for part in np.array_split(np.asarray(taken_ms, float), count) if len(part)]
+        p50, p99 = np.transpose([np.percentile(part, [50, 99]) for part in parts])
+        places = np.searchsorted(BUCKETS_SECONDS, np.asarray(taken_ms) / 1e3)
+        return cls(
+            point=dict(point),
+            p50_ms=tuple(np.round(p50, 4).tolist()),
+            p99_ms=tuple(np.round(p99, 4).tolist()),
+            calls=len(parts[0]),
+            histogram=tuple(np.bincount(places, minlength=len(BUCKETS_SECONDS) + 1).tolist()),
+            rows_per_second=round(rows / float(np.mean(taken_ms)) * 1e3, 2),
+            memory_bytes=memory_bytes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Golden exchanges and latencies of the unmodified model, with where they were taken."""
+    """Golden exchanges and latencies of the unmodified model, windows of the packaged artifact, and where they were
+    taken: the environment, with clocks and load at the time. Those of earlier releases have no windows."""
 
     exchanges: tuple[Exchange, ...]
     latencies: tuple[Latency, ...]
     environment: Mapping[str, Any]
+    windows: tuple[Windows, ...] = ()
 
     def write(self, folder: Path) -> None:
         arrays = {
@@ -45,8 +86,12 @@ class Baseline:
         }
         # numpy's stubs know of no other keywords than allow_pickle
         np.savez(folder / GOLDEN, **arrays)  # type: ignore[arg-type]
-        data = {"latencies": [asdict(entry) for entry in self.latencies], "environment": dict(self.environment)}
-        (folder / BASELINE).write_text(json.dumps(data, indent=2) + "\n")
+        data = {
+            "latencies": [asdict(entry) for entry in self.latencies],
+            "environment": dict(self.environment),
+            "windows": [asdict(entry) for entry in self.windows],
+        }
+        (folder / BASELINE).write_text(json.dumps(data) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Baseline:
@@ -60,13 +105,19 @@ class Baseline:
             with np.load(folder / GOLDEN, allow_pickle=False) as arrays:
                 exchanges = _exchanges({name: arrays[name] for name in arrays.files})
             latencies = tuple(Latency(**entry) for entry in data["latencies"])
-            return cls(exchanges=exchanges, latencies=latencies, environment=data["environment"])
+            windows = tuple(_windows(entry) for entry in data.get("windows", ()))
+            return cls(exchanges=exchanges, latencies=latencies, environment=data["environment"], windows=windows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RepositoryBroken(
                 f"the golden requests of {folder} cannot be read",
                 why=str(error),
                 next_step="export the model again",
             ) from None
+
+
+def _windows(data: Mapping[str, Any]) -> Windows:
+    lists = {name: tuple(data[name]) for name in ("p50_ms", "p99_ms", "histogram")}
+    return Windows(**{**data, **lists})
 
 
 def _exchanges(arrays: Mapping[str, Array]) -> tuple[Exchange, ...]:

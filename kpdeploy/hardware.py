@@ -203,6 +203,29 @@ def environment() -> dict[str, Any]:
     }
 
 
+def conditions() -> dict[str, Any]:
+    """What changes from minute to minute and decides how fast something runs, where it can be read; JSON values."""
+    clocks = psutil.cpu_freq()
+    return {
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "clock_mhz": round(clocks.current) if clocks else None,
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
+        "steal_seconds": psutil.cpu_times().steal,
+        "gpu_clocks_mhz": _gpu_clocks_mhz(),
+    }
+
+
+def _gpu_clocks_mhz() -> list[int]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        return [int(line) for line in done.stdout.split() if line.isdigit()]
+    return []
+
+
 def _os() -> str:
     try:
         return platform.freedesktop_os_release()["PRETTY_NAME"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kpdeploy.artifact import MOUNT, Artifact, Latency, Manifest, Verdict
-from kpdeploy.baseline import Baseline, Exchange
+from kpdeploy.baseline import WINDOWS, Baseline, Exchange, Windows
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.deployment import Deployment
@@ -32,7 +32,7 @@ from kpdeploy.errors import (
     ProofFailed,
     UnknownName,
 )
-from kpdeploy.hardware import environment
+from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
 from kpdeploy.model import Model
 from kpdeploy.ops.libraries import contract, find
@@ -56,6 +56,12 @@ FULL_BYTES = 1 << 20
 
 ROUNDS = 3
 ROUND_SECONDS = 0.5
+SLOWER = 1.2
+"""A candidate that takes this times as long as the fastest in the first round is timed no more."""
+
+WINDOW_MS = 60
+"""The length of a window of the baseline, where two calls take no longer; a call slower than SLOW_MS is a window."""
+SLOW_MS = 150
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,19 +193,19 @@ def export(
         wanted = _formats(target, format)
         fused = {} if fuse == "never" else _fuse(capture, wanted, progress, must=fuse == "always")
         tried = _try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
-        candidates = _measure(tried, settled.signature, progress)
+        candidates, windows = _measure(tried, settled.signature, progress)
         chosen = _choose(candidates, format, asked)
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(candidates, chosen, fused))
         manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
         with progress.step(f"publishing {settled.name} in {repo}"):
-            deployment = _publish(str(repo), manifest, chosen, baseline)
+            deployment = _publish(str(repo), manifest, chosen, replace(baseline, windows=windows))
     return ExportReport(
         deployment=deployment,
         candidates=tuple(candidates),
         chosen=chosen,
         decisions=deployment.manifest.decisions,
         fusions=_told_of(fused, chosen),
-        baseline=baseline,
+        baseline=replace(baseline, windows=windows),
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
     )
@@ -315,7 +321,8 @@ def _take_baseline(loaded: Model, *, stated: bool, progress: Progress) -> tuple[
         asked = questions(model.signature, answer, rng)
         exchanges = tuple(_exchange(model.signature, answer, point, rng) for point in _golden_points(model.signature))
         latencies = tuple(_time_here(answer, model.signature, point) for point in measured_points(model.signature))
-    return model, asked, Baseline(exchanges=exchanges, latencies=latencies, environment=environment())
+    where = {**environment(), **conditions()}
+    return model, asked, Baseline(exchanges=exchanges, latencies=latencies, environment=where)
 
 
 def _golden_points(signature: Signature) -> list[dict[str, int]]:
@@ -547,25 +554,68 @@ def _reason(error: KpdeployError) -> str:
     return f"{error.what}: {error.why}" if error.why else error.what
 
 
-def _measure(candidates: Sequence[Candidate], signature: Signature, progress: Progress) -> list[Candidate]:
-    """Time all candidates that passed, round by round, so that a slow minute of the machine hits all alike."""
+def _measure(
+    candidates: Sequence[Candidate], signature: Signature, progress: Progress
+) -> tuple[list[Candidate], tuple[Windows, ...]]:
+    """Time all candidates that passed, round by round, so that a slow minute of the machine hits all alike; and the
+    fastest until it has its windows. A candidate that is far behind after the first round is timed no more."""
     passed = [c for c in candidates if c.passed]
     points = measured_points(signature)
     taken: dict[tuple[int, int], list[float]] = {}
-    with ExitStack() as stack, progress.step("measuring what passed", total=ROUNDS * len(passed)) as advance:
+    windows: tuple[Windows, ...] = ()
+    with ExitStack() as stack, progress.step("measuring what passed", total=ROUNDS * len(passed) + 1) as advance:
         processes = [stack.enter_context(RuntimeProcess(c.artifact)) for c in passed if c.artifact is not None]
+        running = list(range(len(passed)))
         for _ in range(ROUNDS):
-            for index, process in enumerate(processes):
+            for index in running:
                 for where, point in enumerate(points):
-                    arrays = list(sample(signature, point, np.random.default_rng(0)).values())
-                    times = process.time(arrays, seconds=ROUND_SECONDS, at_least=3)
+                    times = _timed(processes[index], signature, point, seconds=ROUND_SECONDS, at_least=3)
                     taken.setdefault((index, where), []).extend(times)
                 advance()
-    measured = {
-        id(c): replace(c, latencies=tuple(_latency(p, taken[index, where]) for where, p in enumerate(points)))
-        for index, c in enumerate(passed)
-    }
-    return [measured.get(id(c), c) for c in candidates]
+            scores = {i: math.prod(statistics.median(taken[i, w]) for w in range(len(points))) for i in running}
+            running = [i for i in running if scores[i] <= min(scores.values()) * SLOWER ** len(points)]
+        measured = [
+            replace(c, latencies=tuple(_latency(p, taken[index, where]) for where, p in enumerate(points)))
+            for index, c in enumerate(passed)
+        ]
+        if measured:
+            best = min(range(len(measured)), key=lambda i: measured[i].score)
+            known = [taken[best, where] for where in range(len(points))]
+            windows = _windows(processes[best], signature, list(zip(points, known, strict=True)))
+            advance()
+    known_by = {id(c): m for c, m in zip(passed, measured, strict=True)}
+    return [known_by.get(id(c), c) for c in candidates], windows
+
+
+def _windows(
+    process: RuntimeProcess, signature: Signature, known: Sequence[tuple[Point, Sequence[float]]]
+) -> tuple[Windows, ...]:
+    """The baseline's windows at each measured point, and at a short length beside it: what was timed already, and as
+    many calls as are missing."""
+    found = []
+    short = [(_short(signature, point), ()) for point, _ in known]
+    for point, times in [*known, *(entry for entry in short if entry[0] not in [p for p, _ in known])]:
+        taken = list(times) or _timed(process, signature, point, seconds=0, at_least=3)
+        usual = statistics.median(taken)
+        calls = 1 if usual > SLOW_MS else max(2, min(20, round(WINDOW_MS / usual)))
+        if (missing := WINDOWS * calls - len(taken)) > 0:
+            taken += _timed(process, signature, point, seconds=0, at_least=missing)
+        rows = point.get(lead_axis(signature), 1)
+        found.append(Windows.of(taken, point=point, rows=rows, memory_bytes=process.peak_bytes))
+    return tuple(found)
+
+
+def _short(signature: Signature, point: Point) -> Point:
+    """The same batch at an eighth of the usual length."""
+    lead = lead_axis(signature)
+    return {a.name: point[a.name] if a.name == lead else max(a.min, point[a.name] // 8) for a in signature.axes}
+
+
+def _timed(
+    process: RuntimeProcess, signature: Signature, point: Point, *, seconds: float, at_least: int
+) -> list[float]:
+    arrays = list(sample(signature, point, np.random.default_rng(0)).values())
+    return process.time(arrays, seconds=seconds, at_least=at_least)
 
 
 def _choose(candidates: Sequence[Candidate], format: str, asked: Sequence[Question]) -> Candidate:
