@@ -53,7 +53,7 @@ from kpdeploy.inputs import Array, lead_axis, sample
 from kpdeploy.load.examples import minilm_folder
 from kpdeploy.runtimes import onnx
 from kpdeploy.serving.client import connect
-from kpdeploy.serving.triton.repository import find_deployment
+from kpdeploy.serving.repository import find_deployment
 from kpdeploy.serving.triton.server import Server, serve
 
 COUNT = 256

@@ -40,6 +40,7 @@ from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.runtimes.worker import peak_bytes
 from kpdeploy.scratch import work_folder
+from kpdeploy.serving.target import TARGETS
 from kpdeploy.signature import Point, Signature, parse_inputs
 from kpdeploy.verify import Question, ask, failure, prove, questions
 
@@ -47,9 +48,6 @@ if TYPE_CHECKING:
     import torch
 
     from kpdeploy.export import Capture, Format
-
-TARGETS = {"triton": ("onnx", "openvino", "torchscript", "pt2")}
-"""Each target and the formats that it serves, in the order in which they are tried."""
 
 FULL_BYTES = 1 << 20
 """A disk with less left is full: whoever met its end has often removed a part of what it wrote."""
@@ -160,7 +158,7 @@ def export(
     Args:
         model: a MODEL as the command line takes it, or a module.
         inputs: example inputs of a module: a tensor, a sequence, or a dict by the names of forward's parameters.
-        target: the server, a key of TARGETS.
+        target: the server, a key of kpdeploy.serving.target.TARGETS.
         repo: the repository's folder, or any fsspec URL.
         format: "auto", or one format.
         input: texts such as "input_ids:int64[batch=1..32,seq=1..512]"; example: an .npz with one array per input.
@@ -176,16 +174,16 @@ def export(
     started = time.perf_counter()
     progress = progress or Progress()
     from kpdeploy.export import Capture
-    from kpdeploy.serving.triton.repository import check_publishable
 
     _check_choices(target, format, fuse, mount)
     tolerances = _tolerances(tolerance)
     # What can be told without the model is told before minutes are spent on it.
     parse_inputs(input)
-    check_publishable(str(repo))
+    package = TARGETS[target].package
+    package.check_publishable(str(repo))
     with progress.step("loading the model"):
         loaded = _load(model, inputs, name=name, task=task, texts=input, example=example, max_batch=max_batch)
-    check_publishable(str(repo), model=loaded.name)
+    package.check_publishable(str(repo), model=loaded.name)
     with work_folder() as work, _told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
@@ -195,7 +193,7 @@ def export(
         tried = _try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
         candidates, windows = _measure(tried, settled.signature, progress)
         chosen = _choose(candidates, format, asked)
-        decisions = (*settled.decisions, *told, *capture.decisions, *_decided(candidates, chosen, fused))
+        decisions = (*settled.decisions, *told, *capture.decisions, *_decided(target, candidates, chosen, fused))
         manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, replace(baseline, windows=windows))
@@ -215,7 +213,7 @@ def _check_choices(target: str, format: str, fuse: str, mount: str) -> None:
     from kpdeploy.load import choose
 
     choose("target", target, tuple(TARGETS))
-    choose("format", format, ("auto", *TARGETS[target]))
+    choose("format", format, ("auto", *TARGETS[target].formats))
     choose("value of fuse", fuse, ("auto", "always", "never"))
     if not mount.startswith("/"):
         raise UnknownName(
@@ -371,7 +369,7 @@ def _latency(point: Point, taken_ms: Sequence[float]) -> Latency:
 def _formats(target: str, format: str) -> list[Format]:
     from kpdeploy.export import FORMATS
 
-    names = TARGETS[target] if format == "auto" else (format,)
+    names = TARGETS[target].formats if format == "auto" else (format,)
     return [FORMATS[name] for name in names]
 
 
@@ -633,7 +631,9 @@ def _choose(candidates: Sequence[Candidate], format: str, asked: Sequence[Questi
     )
 
 
-def _decided(candidates: Sequence[Candidate], chosen: Candidate, fused: Mapping[str, Fusion]) -> Iterator[Decision]:
+def _decided(
+    target: str, candidates: Sequence[Candidate], chosen: Candidate, fused: Mapping[str, Fusion]
+) -> Iterator[Decision]:
     if chosen.fused or not any(fusion.capture for fusion in fused.values()):
         yield from _told_of(fused, chosen)
     yield from chosen.decisions
@@ -648,11 +648,12 @@ def _decided(candidates: Sequence[Candidate], chosen: Candidate, fused: Mapping[
     assert chosen.verdict is not None
     for note in chosen.verdict.notes:
         yield Skipped(what="dynamic batching", reason=note)
-    if chosen.verdict.padding is not None and chosen.format != "pt2":
+    unbatched = TARGETS[target].package.why_unbatched(chosen.format)
+    if chosen.verdict.padding is not None and not unbatched:
         yield chosen.verdict.padding
+    if unbatched:
+        yield Skipped(what="dynamic batching", reason=unbatched)
     if chosen.format == "pt2":
-        reason = "NVIDIA's torch_aoti (beta) does not batch requests yet"
-        yield Skipped(what="dynamic batching", reason=reason)
         yield Applied(what="pt2 is machine code for this CPU", detail="serve it where it was exported, or export there")
     if chosen.format == "openvino":
         detail = "NVIDIA's openvino backend has no setting for it, and takes bf16 on CPUs that have it"
@@ -673,11 +674,11 @@ def _manifest(
     tolerances: Mapping[str, float],
     decisions: Sequence[Decision],
 ) -> Manifest:
-    from kpdeploy.serving.triton.config import served_names
-
     assert chosen.verdict is not None
     assert chosen.artifact is not None
-    inputs, outputs = served_names(chosen.format, model.signature)
+    package = TARGETS[target].package
+    unbatched = bool(package.why_unbatched(chosen.format))
+    inputs, outputs = package.served_names(chosen.format, model.signature)
     return Manifest(
         model=model.name,
         version=0,
@@ -685,8 +686,7 @@ def _manifest(
         format=chosen.format,
         filename=chosen.artifact.filename,
         signature=model.signature,
-        # A beta backend that documents batches as not done gets none, though the artifact itself passed them.
-        max_batch_size=0 if chosen.format == "pt2" else chosen.verdict.max_batch_size,
+        max_batch_size=0 if unbatched else chosen.verdict.max_batch_size,
         input_names=inputs,
         output_names=outputs,
         settings=chosen.settings,
@@ -697,17 +697,15 @@ def _manifest(
         source={**model.source, "git": _git_state()},
         environment=environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        padded_axes=() if chosen.format == "pt2" else chosen.verdict.padded_axes,
+        padded_axes=() if unbatched else chosen.verdict.padded_axes,
         contract={n: contract(chosen.artifact.folder / n) for n in chosen.settings.get("op_libraries", ())},
     )
 
 
 def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baseline) -> Deployment:
-    from kpdeploy.serving.triton.repository import publish
-
     assert chosen.artifact is not None
     baseline.write(chosen.artifact.folder)
-    return publish(repo, manifest, chosen.artifact.folder)
+    return TARGETS[manifest.target].package.publish(repo, manifest, chosen.artifact.folder)
 
 
 def _git_state() -> dict[str, Any] | None:

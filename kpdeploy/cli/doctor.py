@@ -77,10 +77,11 @@ def _check_repository(ctx: click.Context, repo: str, container: str | None, as_j
     from dataclasses import asdict
 
     from kpdeploy.cli import console
+    from kpdeploy.serving.repository import local_files, read_repository
     from kpdeploy.serving.triton import compatibility
     from kpdeploy.serving.triton.containers import find_container
     from kpdeploy.serving.triton.launch import LAUNCH
-    from kpdeploy.serving.triton.repository import local_files, read_model_config, read_repository
+    from kpdeploy.serving.triton.repository import read_model_config
 
     where = compatibility.here() if container is None else find_container(container)
     deployments = read_repository(repo)

@@ -18,6 +18,7 @@ Examples:
   kpdeploy export ./my-hf-folder --task text-classification --format onnx
   kpdeploy export net.pt --input "x:float32[batch=1..16,3,224,224]"
   kpdeploy export s.onnx --repo s3://bucket/models
+  kpdeploy export minilm --target torchserve --repo model_store/
 
 Every option can stand in a kpdeploy.toml beside the model, under [export]; the command line wins.
 """
@@ -25,7 +26,7 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
 
 @click.command(epilog=EPILOG)
 @click.argument("model", metavar="MODEL", is_eager=True, callback=configured_by_model)
-@click.option("--target", default="triton", show_default=True, help="The server to package for: triton.")
+@click.option("--target", default="triton", show_default=True, help="The server to package for: triton, torchserve.")
 @click.option(
     "--repo",
     default="models",

@@ -6,7 +6,8 @@ A shape names its axes: ("batch", "seq", 3). `axes` are the padded ones, each wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,66 @@ def sizes(request: Sequence[Array], shapes: Sequence[Shape], axes: Mapping[str, 
             if axis in axes and (found.setdefault(str(axis), size) != size or size > axes[str(axis)]):
                 return None
     return found
+
+
+def batches(
+    requests: Sequence[Sequence[Array]], shapes: Sequence[Shape], axes: Mapping[str, int], *, most: int = 0
+) -> list[list[int]]:
+    """Which requests run together, by index: those whose sizes are equal, but for the axes that may be padded. `most`
+    rows (0: any number) fit into one call."""
+    alike: dict[Any, list[int]] = {}
+    lengths = []
+    for index, request in enumerate(requests):
+        found = sizes(request, shapes, axes)
+        # What the proof of padding does not cover meets only its like.
+        padded = axes if found is not None else {}
+        lengths.append(math.prod(found.values()) if found else 1)
+        key = tuple(
+            None if axis in padded else size
+            for shape, array in zip(shapes, request, strict=True)
+            for axis, size in zip(shape[1:], array.shape[1:], strict=True)
+        )
+        alike.setdefault(key, []).append(index)
+    return [
+        part
+        for members in alike.values()
+        for group in groups([len(requests[i][0]) for i in members], [lengths[i] for i in members])
+        for part in _parts([members[i] for i in group], [len(request[0]) for request in requests], most)
+    ]
+
+
+def _parts(members: Sequence[int], rows: Sequence[int], most: int) -> list[list[int]]:
+    """The members in their order, in parts of at most `most` rows."""
+    parts: list[list[int]] = []
+    room = 0
+    for index in members:
+        if not parts or (most and rows[index] > room):
+            parts.append([])
+            room = most
+        parts[-1].append(index)
+        room -= rows[index]
+    return parts
+
+
+def together(
+    run: Callable[[list[Array]], Sequence[Array]],
+    requests: Sequence[Sequence[Array]],
+    shapes: Sequence[Shape],
+    output_shapes: Sequence[Shape],
+    axes: Mapping[str, int],
+) -> list[list[Array]]:
+    """The answers to requests that run as one batch."""
+    if len(requests) == 1:
+        return [list(run(list(requests[0])))]
+    results = run([merge(parts) for parts in zip(*requests, strict=True)])
+    first, answers = 0, []
+    for request in requests:
+        found, rows = sizes(request, shapes, axes) or {}, len(request[0])
+        answers.append(
+            [cut(result, shape, first, rows, found) for result, shape in zip(results, output_shapes, strict=True)]
+        )
+        first += rows
+    return answers
 
 
 def groups(rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

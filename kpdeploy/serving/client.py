@@ -18,7 +18,7 @@ from kpdeploy.compare import compare
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import AnswersDiffer, ModelNotServed, UnknownName, Unreachable
 from kpdeploy.inputs import Array, Tensors
-from kpdeploy.serving.triton.repository import find_deployment, local_files, read_repository
+from kpdeploy.serving.repository import find_deployment, local_files, read_repository
 from kpdeploy.signature import TensorSpec
 
 PROTOCOLS = ("auto", "grpc", "http")

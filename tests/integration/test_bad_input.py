@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 from kpdeploy.artifact import MANIFEST, Manifest
-from kpdeploy.serving.triton.repository import read_repository
+from kpdeploy.serving.repository import read_repository
 
 FACTORIES = """
 import torch

@@ -20,12 +20,12 @@ from kpdeploy.decision import Skipped
 from kpdeploy.errors import ModelRejectsInputs, ProofFailed
 from kpdeploy.export import FORMATS, Format
 from kpdeploy.inputs import sample
-from kpdeploy.pipeline import TARGETS
 from kpdeploy.runtimes.process import RuntimeProcess
-from kpdeploy.serving.triton.repository import read_repository
+from kpdeploy.serving.repository import read_repository
+from kpdeploy.serving.target import TARGETS
 
 
-@pytest.mark.parametrize("format", TARGETS["triton"])
+@pytest.mark.parametrize("format", TARGETS["triton"].formats)
 def test_an_exported_version_holds_what_is_needed_to_serve_and_check_it(format: str, tmp_path: Path) -> None:
     report = kpdeploy.export(Classifier(), repo=tmp_path, format=format, input=CLASSIFIER_INPUTS, name="small")
     folder = tmp_path / "small" / "1"
@@ -50,7 +50,7 @@ def test_an_exported_version_holds_what_is_needed_to_serve_and_check_it(format: 
 
 def test_auto_packages_the_fastest_that_passed_and_keeps_the_table_of_all(tmp_path: Path) -> None:
     report = kpdeploy.export(Classifier(), repo=tmp_path, input=CLASSIFIER_INPUTS, name="small")
-    assert {c.format for c in report.candidates} == set(TARGETS["triton"])
+    assert {c.format for c in report.candidates} == set(TARGETS["triton"].formats)
     passed = [c for c in report.candidates if c.passed]
     assert report.chosen.score == min(c.score for c in passed)
     kept = json.loads((tmp_path / "small" / "1" / "manifest.json").read_text())

@@ -14,10 +14,10 @@ from kpdeploy.artifact import Artifact
 from kpdeploy.baseline import Baseline
 from kpdeploy.compare import relative_error
 from kpdeploy.runtimes.process import RuntimeProcess
+from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.triton.compatibility import newest
 from kpdeploy.serving.triton.config import model_config, write_config
 from kpdeploy.serving.triton.launch import LAUNCH, launch_script
-from kpdeploy.serving.triton.repository import read_repository
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "triton_models"

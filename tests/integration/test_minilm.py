@@ -14,11 +14,11 @@ import kpdeploy
 from kpdeploy.compare import relative_error
 from kpdeploy.load.examples import minilm_folder
 from kpdeploy.load.huggingface import sentence_encoder
-from kpdeploy.pipeline import TARGETS
 from kpdeploy.serving.client import connect
-from kpdeploy.serving.triton.repository import read_repository
+from kpdeploy.serving.repository import read_repository
+from kpdeploy.serving.target import TARGETS
 
-FORMS = [*((format, "never") for format in TARGETS["triton"]), ("onnx", "always"), ("torchscript", "always")]
+FORMS = [*((format, "never") for format in TARGETS["triton"].formats), ("onnx", "always"), ("torchscript", "always")]
 """Each format as it is, and two with fused ops."""
 
 

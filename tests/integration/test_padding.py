@@ -23,7 +23,8 @@ from kpdeploy.hardware import environment
 from kpdeploy.inputs import sample
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.serving.client import connect
-from kpdeploy.serving.triton.repository import publish, read_repository
+from kpdeploy.serving.repository import read_repository
+from kpdeploy.serving.triton.repository import publish
 from kpdeploy.serving.triton.server import Server, serve
 from kpdeploy.signature import Signature, parse_inputs
 from kpdeploy.verify import Question, prove

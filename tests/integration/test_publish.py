@@ -20,10 +20,11 @@ from tiny_version import manifest, write_files
 from kpdeploy.errors import ModelNotServed
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import connect, verify
+from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.triton.environment import ensure_environment
 from kpdeploy.serving.triton.overlay import link_backends
 from kpdeploy.serving.triton.ports import Ports, claim
-from kpdeploy.serving.triton.repository import publish, read_repository
+from kpdeploy.serving.triton.repository import publish
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tiny_version"])

@@ -31,8 +31,9 @@ from kpdeploy.errors import DigestMismatch, ModelLoadFailed, ModelNotServed, Not
 from kpdeploy.hardware import environment
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import connect, verify
+from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.triton import server as server_module
-from kpdeploy.serving.triton.repository import publish, read_repository
+from kpdeploy.serving.triton.repository import publish
 from kpdeploy.serving.triton.server import Server, serve
 from kpdeploy.signature import Axis, Signature, TensorSpec
 

@@ -20,12 +20,13 @@ from kpdeploy.artifact import Manifest
 from kpdeploy.cli.doctor import command
 from kpdeploy.decision import Applied, Skipped
 from kpdeploy.errors import UnknownName, WouldNotLoad
+from kpdeploy.serving.repository import find_deployment
 from kpdeploy.serving.triton import compatibility, containers
 from kpdeploy.serving.triton.compatibility import NOT_KNOWN, Compatibility, check, needs, newest
 from kpdeploy.serving.triton.config import read_config
 from kpdeploy.serving.triton.containers import CONTAINERS, find_container, order, settled
 from kpdeploy.serving.triton.launch import launch_script
-from kpdeploy.serving.triton.repository import find_deployment, publish
+from kpdeploy.serving.triton.repository import publish
 
 ONNX = "libkpdeploy_onnx.so"
 TORCH = "libkpdeploy_torch.so"

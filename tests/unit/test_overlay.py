@@ -22,11 +22,12 @@ from kpdeploy.deployment import Deployment
 from kpdeploy.errors import DigestMismatch, LibraryMissing, PortInUse, ServerUnavailable, UnknownName
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import source
+from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.triton import control, environment, overlay, scratch
 from kpdeploy.serving.triton.config import read_config
 from kpdeploy.serving.triton.overlay import link_backends, overlay_config, write_overlay
 from kpdeploy.serving.triton.ports import Ports, claim
-from kpdeploy.serving.triton.repository import publish, read_repository
+from kpdeploy.serving.triton.repository import publish
 from kpdeploy.serving.triton.server import serve
 from kpdeploy.signature import Axis, Signature, TensorSpec
 

@@ -25,9 +25,11 @@ from kpdeploy.errors import (
     RepositoryUnwritable,
     UnknownName,
 )
+from kpdeploy.serving import storage
+from kpdeploy.serving.repository import find_deployment, local_files, read_repository
 from kpdeploy.serving.triton import repository
 from kpdeploy.serving.triton.config import read_config
-from kpdeploy.serving.triton.repository import find_deployment, local_files, publish, read_repository
+from kpdeploy.serving.triton.repository import publish
 
 
 @pytest.fixture
@@ -215,13 +217,13 @@ def test_a_folder_without_permission_is_unwritable(tmp_path: Path, files: Path) 
 
 def test_a_second_writer_waits_and_then_gives_up(repo: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repo.mkdir(parents=True)
-    monkeypatch.setattr(repository, "LOCK_WAIT_S", 0.2)
+    monkeypatch.setattr(storage, "LOCK_WAIT_S", 0.2)
     held = os.open(repo, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     with pytest.raises(RepositoryBusy):
         publish(str(repo), manifest(), files)
     assert not list(repo.iterdir())
-    monkeypatch.setattr(repository, "LOCK_WAIT_S", 30)
+    monkeypatch.setattr(storage, "LOCK_WAIT_S", 30)
     release = threading.Timer(0.2, os.close, (held,))
     release.start()
     assert publish(str(repo), manifest(), files).version == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,46 +65,15 @@ class TritonPythonModel:
         """Which requests run together, by index: those whose sizes are equal, but for the axes that may be padded."""
         if len(arrays) == 1 or not self.batched:
             return [[index] for index in range(len(arrays))]
-        alike: dict[Any, list[int]] = {}
-        lengths = []
-        for index, request in enumerate(arrays):
-            sizes = self.sizes(request)
-            # What the proof of padding does not cover meets only its like.
-            padded = self.padded_axes if sizes is not None else {}
-            lengths.append(math.prod(sizes.values()) if sizes else 1)
-            key = tuple(
-                None if axis in padded else size
-                for shape, array in zip(self.input_shapes, request, strict=True)
-                for axis, size in zip(shape[1:], array.shape[1:], strict=True)
-            )
-            alike.setdefault(key, []).append(index)
-        return [
-            [members[i] for i in group]
-            for members in alike.values()
-            for group in self.ragged.groups([len(arrays[i][0]) for i in members], [lengths[i] for i in members])
-        ]
-
-    def sizes(self, request: Arrays) -> dict[str, int] | None:
-        sizes: dict[str, int] | None = self.ragged.sizes(request, self.input_shapes, self.padded_axes)
-        return sizes
+        found: list[list[int]] = self.ragged.batches(arrays, self.input_shapes, self.padded_axes)
+        return found
 
     def answer(self, members: list[Arrays]) -> list[Any]:
         """Responses to requests that fit one batch. Where the batch fails each runs alone: one bad input must not
         fail the others."""
         try:
-            if len(members) == 1:
-                return [self.response(self.run(members[0]))]
-            results = self.run([self.ragged.merge(parts) for parts in zip(*members, strict=True)])
-            first, responses = 0, []
-            for request in members:
-                sizes, rows = self.sizes(request) or {}, len(request[0])
-                parts = [
-                    self.ragged.cut(result, shape, first, rows, sizes)
-                    for result, shape in zip(results, self.output_shapes, strict=True)
-                ]
-                responses.append(self.response(parts))
-                first += rows
-            return responses
+            shapes = (self.input_shapes, self.output_shapes, self.padded_axes)
+            return [self.response(parts) for parts in self.ragged.together(self.run, members, *shapes)]
         except Exception as error:
             if len(members) > 1:
                 return [self.answer([tensors])[0] for tensors in members]

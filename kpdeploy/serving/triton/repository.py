@@ -11,15 +11,12 @@ file up. What a killed run leaves is therefore known, and the next run removes i
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,21 +24,24 @@ from typing import Any
 from kpdeploy.artifact import MANIFEST, Manifest, sha256
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import (
-    DiskFull,
-    KpdeployError,
-    PackageMissing,
-    RepositoryBroken,
-    RepositoryBusy,
-    RepositoryUnwritable,
-    UnknownName,
+from kpdeploy.errors import RepositoryBroken
+from kpdeploy.serving.storage import (
+    check_writable,
+    downloaded,
+    local_path,
+    locked,
+    made,
+    names_in,
+    next_version,
+    open_storage,
+    remote_errors,
+    storage_errors,
+    sync,
+    sync_tree,
 )
 from kpdeploy.serving.triton.compatibility import newest
 from kpdeploy.serving.triton.config import CONFIG, WARMUP, model_config, read_config, warmup_files, write_config
 from kpdeploy.serving.triton.launch import LAUNCH, launch_script
-
-LOCK_WAIT_S = 30.0
-"""How long a second writer waits for the first."""
 
 _STAGING = ".kpdeploy-staging"
 
@@ -75,7 +75,7 @@ def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
 
     Raises:
         RepositoryBroken: `REPO/<model>` is there and was not made by kpdeploy, or `files` is not whole.
-        RepositoryBusy: another export is still writing there after LOCK_WAIT_S.
+        RepositoryBusy: another export is still writing there after storage.LOCK_WAIT_S.
         RepositoryUnwritable, DiskFull: the storage refuses.
         FormatUnavailable: Triton cannot serve the model's tensors.
     """
@@ -100,33 +100,21 @@ def check_publishable(repo: str, *, model: str | None = None) -> None:
     repo = local_path(repo)
     if "://" in repo:
         return
-    place = Path(repo).absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise RepositoryUnwritable(
-            f"the repository {repo} cannot be written",
-            why=f"{there} is not writable for this user" if there.is_dir() else f"{there} is a file, not a folder",
-            next_step="make the folder writable, or give another repository with --repo",
-        )
-    if model is not None and (place / model).exists() and _committed(*_open(repo), model) is None:
-        raise _foreign(str(Path(repo) / model))
-
-
-def local_path(repo: str | os.PathLike[str]) -> str:
-    """The repository as a plain path where it is one, else its URL."""
-    return os.fspath(repo).removeprefix("file://")
+    check_writable(Path(repo))
+    if model is not None and (Path(repo) / model).exists() and committed(*open_storage(repo), model) is None:
+        raise foreign(str(Path(repo) / model))
 
 
 # On a file system
 
 
 def _publish_local(repo: Path, content: _Version) -> Deployment:
-    with _storage_errors(repo, content.files), _made(repo), _locked(repo):
+    with storage_errors(repo, content.files), made(repo), locked(repo):
         model = repo / content.manifest.model
-        if model.exists() and _committed(*_open(str(repo)), model.name) is None:
-            raise _foreign(str(model))
+        if model.exists() and committed(*open_storage(str(repo)), model.name) is None:
+            raise foreign(str(model))
         _sweep(repo, model)
-        content = content.numbered(_next_version(p.name for p in model.glob("*")))
+        content = content.numbered(next_version(p.name for p in model.glob("*")))
         try:
             if model.exists():
                 _add_version(repo, model, content)
@@ -146,9 +134,9 @@ def _add_model(repo: Path, model: Path, content: _Version) -> None:
     _fill(version, content)
     os.replace(version / CONFIG, staging / CONFIG)
     _write_warmup(staging / WARMUP, content)
-    _sync_tree(staging)
+    sync_tree(staging)
     os.rename(staging, model)
-    _sync(repo)
+    sync(repo)
 
 
 def _add_version(repo: Path, model: Path, content: _Version) -> None:
@@ -156,14 +144,14 @@ def _add_version(repo: Path, model: Path, content: _Version) -> None:
     staging = _staging(repo, model)
     staging.mkdir()
     _fill(staging, content)
-    _sync_tree(staging)
+    sync_tree(staging)
     _write_warmup(model / WARMUP, content)
     version = model / str(content.manifest.version)
     os.rename(staging, version)
-    _sync(model)
+    sync(model)
     os.replace(version / CONFIG, model / CONFIG)
-    _sync(model)
-    _sync(version)
+    sync(model)
+    sync(version)
 
 
 def _fill(folder: Path, content: _Version) -> None:
@@ -184,8 +172,8 @@ def _write_warmup(folder: Path, content: _Version) -> None:
     folder.mkdir(exist_ok=True)
     for name, data in warmup_files(content.manifest, content.baseline).items():
         (folder / name).write_bytes(data)
-        _sync(folder / name)
-    _sync(folder)
+        sync(folder / name)
+    sync(folder)
 
 
 def _staging(repo: Path, model: Path) -> Path:
@@ -231,80 +219,7 @@ def _sweep(repo: Path, model: Path) -> None:
             file.unlink()
 
 
-def _next_version(names: Iterable[str]) -> int:
-    return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _sync(path)
-
-
-@contextmanager
-def _made(repo: Path) -> Iterator[None]:
-    """Make the repository's folder; where it was new, an error leaves none."""
-    missing = [folder for folder in (repo, *repo.parents) if not folder.exists()]
-    repo.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-@contextmanager
-def _locked(repo: Path) -> Iterator[None]:
-    """One writer at a time. The lock is on the folder itself, so it leaves no file, and ends with its process."""
-    descriptor = os.open(repo, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        end = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > end:
-                    raise RepositoryBusy(
-                        f"another export is writing to {repo}",
-                        why=f"its lock was still held after {LOCK_WAIT_S:g} s",
-                        next_step="wait until it is done, then export again",
-                    ) from None
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _storage_errors(repo: Path, files: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            needed = sum(file.stat().st_size for file in files.iterdir())
-            raise DiskFull(
-                f"no space is left for this version in {repo}",
-                why=f"{error}; the version needs {needed / 1e6:.1f} MB",
-                next_step="free space there, or give another repository with --repo",
-            ) from None
-        raise RepositoryUnwritable(
-            f"the repository {repo} cannot be written",
-            why=str(error),
-            next_step="make the folder writable, or give another repository with --repo",
-        ) from None
-
-
-def _foreign(model: str) -> RepositoryBroken:
+def foreign(model: str) -> RepositoryBroken:
     return RepositoryBroken(
         f"{model} is there, and was not made by kpdeploy",
         why=f"its {CONFIG} does not name one version with a {MANIFEST}",
@@ -321,12 +236,12 @@ def _publish_remote(repo: str, content: _Version) -> Deployment:
     An object store has neither renames nor locks. A killed upload leaves a version that nothing names, and the next
     one takes the number after it. Two exports of one model at once are not kept apart: the digests tell.
     """
-    fs, root = _open(repo)
+    fs, root = open_storage(repo)
     model = f"{root}/{content.manifest.model}"
-    with _remote_errors(repo):
-        if fs.exists(f"{model}/{CONFIG}") and _committed(fs, root, content.manifest.model) is None:
-            raise _foreign(f"{repo.rstrip('/')}/{content.manifest.model}")
-        content = content.numbered(_next_version(_names(fs, model)))
+    with remote_errors(repo):
+        if fs.exists(f"{model}/{CONFIG}") and committed(fs, root, content.manifest.model) is None:
+            raise foreign(f"{repo.rstrip('/')}/{content.manifest.model}")
+        content = content.numbered(next_version(names_in(fs, model)))
         manifest, baseline = content.manifest, content.baseline
         version = f"{model}/{manifest.version}"
         config = write_config(model_config(manifest, baseline)).encode()
@@ -347,118 +262,7 @@ def _publish_remote(repo: str, content: _Version) -> Deployment:
     return Deployment(repository=repo, manifest=manifest)
 
 
-def _names(fs: Any, folder: str) -> list[str]:
-    """What is in a folder, by name; nothing where it is missing."""
-    fs.invalidate_cache()
-    try:
-        return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(folder, detail=True)]
-    except FileNotFoundError:
-        return []
-
-
-@contextmanager
-def _remote_errors(repo: str) -> Iterator[None]:
-    """Each file system of fsspec raises exceptions of its own library; they are all told as one."""
-    try:
-        yield
-    except KpdeployError:
-        raise
-    except Exception as error:
-        raise RepositoryUnwritable(
-            f"the repository {repo} cannot be written",
-            why=f"{type(error).__name__}: {error}",
-            next_step="check the address and the credentials of the storage",
-        ) from None
-
-
-def _open(repo: str) -> tuple[Any, str]:
-    """The file system of a repository, and its root there.
-
-    Raises:
-        PackageMissing: the package for this kind of URL is not installed.
-        RepositoryBroken: no such kind of URL, or it is refused at once.
-    """
-    import fsspec
-
-    try:
-        fs, root = fsspec.core.url_to_fs(repo)
-    except ImportError as error:
-        raise PackageMissing(
-            f"{repo} cannot be opened", why=str(error), next_step="install the package that is named above"
-        ) from None
-    except Exception as error:
-        raise RepositoryBroken(
-            f"{repo} is not an address of a repository",
-            why=str(error),
-            next_step="give a folder, or a URL such as s3://bucket/models",
-        ) from None
-    return fs, root.rstrip("/")
-
-
 # Reading
-
-
-def read_repository(repo: str) -> list[Deployment]:
-    """The committed version of every model that kpdeploy made in a repository, by name.
-
-    Raises:
-        RepositoryBroken: the repository is missing, holds no such model, or one that cannot be read.
-    """
-    repo = local_path(repo)
-    fs, root = _open(repo)
-    found = [_committed(fs, root, name) for name in sorted(_names_to_read(fs, repo, root))]
-    deployments = [Deployment(repository=repo, manifest=manifest) for manifest in found if manifest is not None]
-    if not deployments:
-        raise RepositoryBroken(
-            f"{repo} holds no model made by kpdeploy" if fs.exists(root) else f"there is no repository {repo}",
-            next_step=f"export a model into it: kpdeploy export MODEL --target triton --repo {repo}",
-        )
-    return deployments
-
-
-def _names_to_read(fs: Any, repo: str, root: str) -> list[str]:
-    try:
-        return _names(fs, root)
-    except Exception as error:
-        raise RepositoryBroken(
-            f"the repository {repo} cannot be read",
-            why=f"{type(error).__name__}: {error}",
-            next_step="check the address, and that you may read it",
-        ) from None
-
-
-def find_deployment(repo: str, model: str | None) -> Deployment:
-    """The committed version of one model; of the only one where `model` is None.
-
-    Raises:
-        RepositoryBroken: as read_repository.
-        UnknownName: no such model, or several to choose from.
-    """
-    deployments = {deployment.model: deployment for deployment in read_repository(repo)}
-    names = ", ".join(deployments)
-    if model is None:
-        if len(deployments) > 1:
-            raise UnknownName(f"{repo} holds several models: {names}", next_step="name one with --model")
-        return next(iter(deployments.values()))
-    if model not in deployments:
-        import difflib
-
-        near = difflib.get_close_matches(model, deployments, n=1)
-        raise UnknownName(
-            f"{repo} holds no model {model!r}",
-            why=f"its models are: {names}",
-            next_step=f"did you mean {near[0]!r}?" if near else "name one of them",
-        )
-    return deployments[model]
-
-
-@contextmanager
-def local_files(deployment: Deployment) -> Iterator[Path]:
-    """A local folder with the version's files: its own, or a copy that ends with the context."""
-    fs, root = _open(deployment.repository)
-    folder = f"{root}/{deployment.model}/{deployment.version}"
-    with _downloaded(fs, folder, (MANIFEST, *deployment.manifest.files)) as copy:
-        yield copy
 
 
 def read_model_config(deployment: Deployment) -> Any:
@@ -467,25 +271,12 @@ def read_model_config(deployment: Deployment) -> Any:
     Raises:
         RepositoryBroken: it cannot be read.
     """
-    fs, root = _open(deployment.repository)
+    fs, root = open_storage(deployment.repository)
     place = f"{root}/{deployment.model}/{CONFIG}"
     return read_config(fs.cat_file(place).decode(errors="replace"), where=place)
 
 
-@contextmanager
-def _downloaded(fs: Any, folder: str, names: Iterable[str]) -> Iterator[Path]:
-    if "file" in fs.protocol:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory(prefix="kpdeploy-") as copy:
-        for name in names:
-            # What is missing is told by whoever reads or checks the files.
-            with suppress(FileNotFoundError):
-                fs.get_file(f"{folder}/{name}", str(Path(copy) / name))
-        yield Path(copy)
-
-
-def _committed(fs: Any, root: str, name: str) -> Manifest | None:
+def committed(fs: Any, root: str, name: str) -> Manifest | None:
     """The manifest of the version that the model's config.pbtxt names; None for a model that is not kpdeploy's."""
     model = f"{root}/{name}"
     try:
@@ -494,7 +285,7 @@ def _committed(fs: Any, root: str, name: str) -> Manifest | None:
         return None
     config = read_config(text, where=f"{model}/{CONFIG}")
     versions = config.version_policy.specific.versions
-    ours = [number for number in _names(fs, model) if fs.exists(f"{model}/{number}/{MANIFEST}")]
+    ours = [number for number in names_in(fs, model) if fs.exists(f"{model}/{number}/{MANIFEST}")]
     if not ours or len(versions) != 1:
         return None
     if str(versions[0]) not in ours:
@@ -503,5 +294,5 @@ def _committed(fs: Any, root: str, name: str) -> Manifest | None:
             why=f"whole are: {', '.join(sorted(ours, key=int))}",
             next_step=f"remove {model} and export the model again, or name another version in {CONFIG}",
         )
-    with _downloaded(fs, f"{model}/{versions[0]}", (MANIFEST,)) as copy:
+    with downloaded(fs, f"{model}/{versions[0]}", (MANIFEST,)) as copy:
         return Manifest.read(copy)

@@ -19,12 +19,13 @@ from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDie
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import PACKAGES
 from kpdeploy.serving.client import connect, replay
+from kpdeploy.serving.repository import read_repository
+from kpdeploy.serving.storage import local_path
 from kpdeploy.serving.triton import control
 from kpdeploy.serving.triton.environment import ServerEnvironment, ensure_environment, installed, runtime_pins
 from kpdeploy.serving.triton.overlay import Served, link_backends, write_overlay
 from kpdeploy.serving.triton.ports import Ports, claim
 from kpdeploy.serving.triton.process import TritonProcess
-from kpdeploy.serving.triton.repository import local_path, read_repository
 from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
 
 WATCH_INTERVAL_S = 1.0
