@@ -14,7 +14,7 @@ from kpdeploy.errors import KpdeployError
 # Name and the line that `kpdeploy --help` shows, in the order in which a user meets them.
 COMMANDS = {
     "export": "Export a model, prove the artifact equal to it, and package it for a server.",
-    "serve": "Serve a model repository on this machine with a real Triton.",
+    "serve": "Serve a model repository on this machine with a real Triton or TorchServe.",
     "verify": "Replay the golden requests against a running server.",
     "bench": "Measure latency and throughput of a running server under load.",
     "ops": "List the fused ops and who runs them; explain a choice, validate the kernels.",

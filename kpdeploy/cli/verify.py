@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
+
+from kpdeploy.cli.token import inference_token, token_file_option
 
 EPILOG = """\b
 Examples:
   kpdeploy verify models/ --url localhost:8001
+  kpdeploy verify model_store/ --url localhost:8080 --token-file key_file.json      # TorchServe
   kpdeploy verify s3://bucket/models --url https://host:443 --model minilm --json
 """
 
@@ -15,9 +20,8 @@ Examples:
 @click.argument("repo")
 @click.option(
     "--url",
-    default="localhost:8001",
-    show_default=True,
-    help="The server: host:port, or with http://, https://, grpc:// or grpcs://.",
+    help="The server: host:port, or with http://, https://, grpc:// or grpcs://.  [default: localhost:8001; "
+    "TorchServe: localhost:8080]",
 )
 @click.option("--model", metavar="NAME", help="Only this model (default: all of the repository).")
 @click.option(
@@ -34,11 +38,13 @@ Examples:
     show_default=True,
     help="Seconds that each request may take.",
 )
+@token_file_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(
-    ctx: click.Context, repo: str, url: str, model: str | None, protocol: str, timeout_s: float, as_json: bool
-) -> None:
+    ctx: click.Context, repo: str, url: str | None, model: str | None, protocol: str, timeout_s: float,
+    token_file: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Replay the golden requests of REPO against a running server.
 
     Checks that every file of REPO is the one that was proven, that the server serves this version, and that its
@@ -46,8 +52,12 @@ def command(
     """
     from kpdeploy.cli import console
     from kpdeploy.serving.client import check
+    from kpdeploy.serving.server import target_of
 
-    report = check(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s)
+    if url is None:
+        url = {"torchserve": "localhost:8080"}.get(target_of(repo), "localhost:8001")
+    token = inference_token(token_file)
+    report = check(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s, token=token)
     difference = report.difference()
     if as_json:
         console.print_json(report.to_json())
@@ -62,4 +72,5 @@ def command(
     console.table(("model", "version", "output", "error", "tolerance", "verdict"), rows)
     if difference:
         raise difference
-    console.next_command(f"kpdeploy bench {url} --model {report.models[0].model}")
+    torchserve = f" --repo {repo} --token-file {token_file}" if token_file else ""
+    console.next_command(f"kpdeploy bench {url} --model {report.models[0].model}{torchserve}")

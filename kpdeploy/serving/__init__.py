@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_PUBLIC = {"serve": "kpdeploy.serving.triton.server", "verify": "kpdeploy.serving.client"}
+_PUBLIC = {"serve": "kpdeploy.serving.server", "verify": "kpdeploy.serving.client"}
 __all__ = [*_PUBLIC]  # noqa: PLE0604  (names resolved below)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,6 +19,7 @@ from kpdeploy.deployment import Deployment
 from kpdeploy.errors import AnswersDiffer, ModelNotServed, UnknownName, Unreachable
 from kpdeploy.inputs import Array, Tensors
 from kpdeploy.serving.repository import find_deployment, local_files, read_repository
+from kpdeploy.serving.torchserve.client import TorchServeClient
 from kpdeploy.signature import TensorSpec
 
 PROTOCOLS = ("auto", "grpc", "http")
@@ -51,6 +52,18 @@ def connect(url: str, *, protocol: str = "auto", timeout_s: float = 30.0) -> Cli
         spoken = _protocol_of(host, port, timeout_s)
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     return Client(place, protocol=spoken, tls=tls, timeout_s=timeout_s)
+
+
+def connect_torchserve(url: str, *, token: str = "", timeout_s: float = 30.0) -> TorchServeClient:
+    """A client of the TorchServe whose inference port is at `url`: host:port, or with http:// before it.
+
+    Raises:
+        UnknownName: another scheme. Unreachable: no address.
+    """
+    scheme, _, rest = url.rpartition("://")
+    if scheme not in ("", "http"):
+        raise UnknownName(f"{url}: TorchServe is asked by plain HTTP", next_step="give host:port of its inference port")
+    return TorchServeClient(rest.rstrip("/"), token=token, timeout_s=timeout_s)
 
 
 def _protocol_of(host: str, port: int, timeout_s: float) -> str:
@@ -197,7 +210,13 @@ def _from_wire(array: Array, spec: TensorSpec, manifest: Manifest) -> Array:
     return array[:, 0] if len(spec.shape) == 1 and manifest.max_batch_size else array
 
 
-def replay(client: Client, deployment: Deployment, baseline: Baseline) -> list[Comparison]:
+class Infers(Protocol):
+    """What a client of any server does for `replay`."""
+
+    def infer(self, manifest: Manifest, inputs: Tensors) -> dict[str, Array]: ...
+
+
+def replay(client: Infers, deployment: Deployment, baseline: Baseline) -> list[Comparison]:
     """Send the golden requests; the worst comparison of each output over all of them.
 
     Raises:
@@ -215,7 +234,7 @@ def replay(client: Client, deployment: Deployment, baseline: Baseline) -> list[C
     return list(worst.values())
 
 
-def _in_batches(client: Client, manifest: Manifest, exchange: Exchange) -> dict[str, Array]:
+def _in_batches(client: Infers, manifest: Manifest, exchange: Exchange) -> dict[str, Array]:
     """The answer to one exchange, asked for in parts where it is a larger batch than the server takes."""
     rows = len(next(iter(exchange.inputs.values()))) if manifest.max_batch_size else 1
     if rows <= manifest.max_batch_size or not manifest.max_batch_size:
@@ -279,7 +298,13 @@ class VerifyReport:
 
 
 def verify(
-    repo: str, *, url: str, model: str | None = None, protocol: str = "auto", timeout_s: float = 30.0
+    repo: str,
+    *,
+    url: str,
+    model: str | None = None,
+    protocol: str = "auto",
+    timeout_s: float = 30.0,
+    token: str = "",
 ) -> VerifyReport:
     """Check that the server at `url` serves what is in `repo`: digests, versions, and every golden answer.
 
@@ -288,19 +313,31 @@ def verify(
         Unreachable, ModelNotServed: the server does not answer, or serves another version.
         AnswersDiffer: an answer is further from the golden one than its tolerance.
     """
-    report = check(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s)
+    report = check(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s, token=token)
     if error := report.difference():
         raise error
     return report
 
 
 def check(
-    repo: str, *, url: str, model: str | None = None, protocol: str = "auto", timeout_s: float = 30.0
+    repo: str,
+    *,
+    url: str,
+    model: str | None = None,
+    protocol: str = "auto",
+    timeout_s: float = 30.0,
+    token: str = "",
 ) -> VerifyReport:
     """As `verify`, with different answers in the report and not raised."""
     deployments = [find_deployment(repo, model)] if model else read_repository(repo)
     baselines = [_proven(deployment) for deployment in deployments]
-    with connect(url, protocol=protocol, timeout_s=timeout_s) as client:
+    torchserve = deployments[0].manifest.target == "torchserve"
+    connected = (
+        connect_torchserve(url, token=token, timeout_s=timeout_s)
+        if torchserve
+        else connect(url, protocol=protocol, timeout_s=timeout_s)
+    )
+    with connected as client:
         reports = [_check_one(client, *pair) for pair in zip(deployments, baselines, strict=True)]
         return VerifyReport(address=client.address, protocol=client.protocol, models=tuple(reports))
 
@@ -312,7 +349,7 @@ def _proven(deployment: Deployment) -> Baseline:
         return Baseline.read(folder)
 
 
-def _check_one(client: Client, deployment: Deployment, baseline: Baseline) -> ModelReport:
+def _check_one(client: Client | TorchServeClient, deployment: Deployment, baseline: Baseline) -> ModelReport:
     if not client.model_ready(deployment.model, deployment.version):
         # This raises with the server's own reason where it knows no such model.
         served = client.versions(deployment.model)

@@ -21,6 +21,7 @@ from kpdeploy.errors import (
     RepositoryBusy,
     RepositoryUnwritable,
 )
+from kpdeploy.progress import Progress
 
 LOCK_WAIT_S = 30.0
 """How long a second writer waits for the first."""
@@ -175,3 +176,22 @@ def downloaded(fs: Any, folder: str, names: Iterable[str]) -> Iterator[Path]:
             with suppress(FileNotFoundError):
                 fs.get_file(f"{folder}/{name}", str(Path(copy) / name))
         yield Path(copy)
+
+
+def fetch(repo: str, folder: Path, progress: Progress) -> str:
+    """The repository as a local folder: a URL's files are copied to `folder`."""
+    if "://" not in repo:
+        return repo
+    import fsspec
+
+    try:
+        with progress.step(f"fetching {repo}"):
+            files, path = fsspec.core.url_to_fs(repo)
+            files.get(path.rstrip("/") + "/", str(folder) + "/", recursive=True)
+    except Exception as error:  # each file system of fsspec has exceptions of its own
+        raise RepositoryBroken(
+            f"the repository {repo} cannot be fetched",
+            why=str(error),
+            next_step="check the address and the credentials, or copy the repository to a folder",
+        ) from None
+    return str(folder)

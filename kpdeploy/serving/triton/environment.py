@@ -126,18 +126,8 @@ def ensure_environment(progress: Progress, *, pins: tuple[str, ...] = ()) -> Ser
             next_step=f"run kpdeploy serve in an environment of Python {PYTHONS[0]}",
         )
     folder = environment_folder(pins)
-    if not folder.exists():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.with_suffix(".lock")):
-                if not folder.exists():
-                    _make(folder, pins, progress)
-        except OSError as error:
-            raise ServerUnavailable(
-                f"the server's environment cannot be made in {folder.parent}",
-                why=str(error),
-                next_step="set XDG_CACHE_HOME to a folder with 500 MB of free space",
-            ) from None
+    wanted = [["--no-deps", PYTRITON], ["--no-deps", NUMPY], *([pin] for pin in pins)]
+    make_environment(folder, wanted, progress, title="installing tritonserver, once (about 130 MB)")
     environment = ServerEnvironment(prefix=folder)
     check_libraries(environment)
     return environment
@@ -151,21 +141,42 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(folder: Path, pins: tuple[str, ...], progress: Progress) -> None:
+def make_environment(folder: Path, wanted: list[list[str]], progress: Progress, *, title: str) -> None:
+    """Make a virtual environment in `folder`, unless it is there: `wanted` (pip's arguments) before the packages of
+    the user's environment.
+
+    Raises:
+        ServerUnavailable: it cannot be made here, or could not be installed.
+    """
+    if folder.exists():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")):
+            if not folder.exists():
+                _make(folder, wanted, progress, title)
+    except OSError as error:
+        raise ServerUnavailable(
+            f"the server's environment cannot be made in {folder.parent}",
+            why=str(error),
+            next_step="set XDG_CACHE_HOME to a folder with 500 MB of free space",
+        ) from None
+
+
+def _make(folder: Path, wanted: list[list[str]], progress: Progress, title: str) -> None:
     """Install aside, then rename: a folder of this name is always whole. Call with the lock held."""
     for leftover in folder.parent.glob(f"{folder.name}.*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
     aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
-    wanted = [["--no-deps", PYTRITON], ["--no-deps", NUMPY], *([pin] for pin in pins)]
     try:
-        with progress.step("installing tritonserver, once (about 130 MB)", total=len(wanted) + 1) as advance:
+        with progress.step(title, total=len(wanted) + 1) as advance:
             venv.create(aside, with_pip=False, symlinks=True)
             advance()
             for arguments in wanted:
                 _install(aside, arguments)
                 advance()
         packages = ServerEnvironment(prefix=aside).site_packages
-        # Path entries of a .pth come after the folder they are in: numpy < 2 is found first.
+        # Path entries of a .pth come after the folder they are in: what was installed here is found first.
         (packages / "kpdeploy-user.pth").write_text("".join(f"{entry}\n" for entry in user_packages()))
         aside.rename(folder)
     finally:

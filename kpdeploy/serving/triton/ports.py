@@ -38,7 +38,7 @@ def claim(ports: Ports) -> Ports:
         UnknownName: the host is no address of this machine.
         PortInUse: a port is taken, or given twice; names who has it, and a free one.
     """
-    if reason := _refusal(ports.host, 0):
+    if reason := refusal(ports.host, 0):
         raise UnknownName(
             f"{ports.host!r} is no address of this machine",
             why=reason,
@@ -46,20 +46,20 @@ def claim(ports: Ports) -> Ports:
         )
     claimed: dict[str, int] = {}
     for name in ("http", "grpc", "metrics"):
-        port: int = getattr(ports, name) or _any_free(ports.host)
+        port: int = getattr(ports, name) or any_free(ports.host)
         taken = port in claimed.values()
-        reason = "it is also another port of this server" if taken else _refusal(ports.host, port)
+        reason = "it is also another port of this server" if taken else refusal(ports.host, port)
         if reason:
             raise PortInUse(
                 f"port {port} ({name}) cannot be used",
                 why=reason,
-                next_step=f"free it, or use another one: --{name}-port {_free_after(ports.host, port)}",
+                next_step=f"free it, or use another one: --{name}-port {free_after(ports.host, port)}",
             )
         claimed[name] = port
     return Ports(host=ports.host, **claimed)
 
 
-def _refusal(host: str, port: int) -> str:
+def refusal(host: str, port: int) -> str:
     """Why the port cannot be bound; empty if it can."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -82,16 +82,16 @@ def _owner(port: int) -> str:
     return ""
 
 
-def _free_after(host: str, port: int) -> int:
+def free_after(host: str, port: int) -> int:
     steps = (
         candidate
         for candidate in range(max(port, 1024) + 10, min(port + 2000, 65536), 10)
-        if not _refusal(host, candidate)
+        if not refusal(host, candidate)
     )
-    return next(steps, 0) or _any_free(host)
+    return next(steps, 0) or any_free(host)
 
 
-def _any_free(host: str) -> int:
+def any_free(host: str) -> int:
     family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))

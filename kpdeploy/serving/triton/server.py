@@ -20,7 +20,7 @@ from kpdeploy.progress import Progress
 from kpdeploy.runtimes import PACKAGES
 from kpdeploy.serving.client import connect, replay
 from kpdeploy.serving.repository import read_repository
-from kpdeploy.serving.storage import local_path
+from kpdeploy.serving.storage import fetch, local_path
 from kpdeploy.serving.triton import control
 from kpdeploy.serving.triton.environment import ServerEnvironment, ensure_environment, installed, runtime_pins
 from kpdeploy.serving.triton.overlay import Served, link_backends, write_overlay
@@ -71,7 +71,7 @@ def serve(
             next_step="leave --poll out, or sync the repository to a folder and serve that",
         )
     with scratch() as space:
-        local = fetch(local_path(repo), space, progress)
+        local = fetch(local_path(repo), space.folder / "native", progress)
         deployments = read_repository(local)
         ports = claim(Ports(host=host, http=http_port, grpc=grpc_port, metrics=metrics_port))
         environment = ensure_environment(progress, pins=runtime_pins(d.manifest for d in deployments))
@@ -84,26 +84,6 @@ def serve(
             yield server
         finally:
             server.stop()
-
-
-def fetch(repo: str, space: Scratch, progress: Progress) -> str:
-    """The repository as a local folder: a URL's files are copied."""
-    if "://" not in repo:
-        return repo
-    import fsspec
-
-    folder = space.folder / "native"
-    try:
-        with progress.step(f"fetching {repo}"):
-            files, path = fsspec.core.url_to_fs(repo)
-            files.get(path.rstrip("/") + "/", str(folder) + "/", recursive=True)
-    except Exception as error:  # each file system of fsspec has exceptions of its own
-        raise RepositoryBroken(
-            f"the repository {repo} cannot be fetched",
-            why=str(error),
-            next_step="check the address and the credentials, or copy the repository to a folder",
-        ) from None
-    return str(folder)
 
 
 class Server:
