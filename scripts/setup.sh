@@ -39,6 +39,8 @@ PY
     missing+=("python$version-dev")
 # AOTInductor (.pt2) and the kernels' build need a C++ compiler.
 command -v "${CXX:-g++}" >/dev/null || missing+=(g++)
+# TorchServe's frontend is Java; nothing else needs it.
+command -v java >/dev/null || missing+=(openjdk-17-jre-headless)
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing Debian packages: ${missing[*]}"
     command -v apt-get >/dev/null || fail "install these first: ${missing[*]}"
