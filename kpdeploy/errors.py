@@ -272,6 +272,39 @@ class KernelsDiffer(KpdeployError):
     exit_code = 72
 
 
+# 90-95: judging
+
+
+class Regressed(KpdeployError):
+    """A check found the new version slower, larger or wrong."""
+
+    exit_code = 90
+
+
+class CannotTell(KpdeployError):
+    """A check ended without an answer: the machine is too noisy, or the time was too short."""
+
+    exit_code = 91
+
+
+class NothingToCompare(KpdeployError):
+    """What a version should be compared with is not there, or is another model."""
+
+    exit_code = 92
+
+
+class HistoryUnusable(KpdeployError):
+    """The history cannot be opened, read or written, or a newer release wrote it."""
+
+    exit_code = 93
+
+
+class RolledBack(KpdeployError):
+    """A rollout did not pass its trial; the version before it is served."""
+
+    exit_code = 94
+
+
 def exit_codes() -> list[tuple[int, str, str]]:
     """All exit codes as (code, name, meaning), in order."""
     kinds = sorted(KpdeployError.__subclasses__(), key=lambda kind: kind.exit_code)

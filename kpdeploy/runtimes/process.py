@@ -103,8 +103,16 @@ class RuntimeProcess:
 
     def time(self, arrays: Sequence[Array], *, seconds: float, at_least: int) -> list[float]:
         """Milliseconds of single calls, for about `seconds`."""
-        reply = self._ask({"time": self._write(arrays), "seconds": seconds, "at_least": at_least}, "run")
-        return list(reply["milliseconds"])
+        return self.time_both(arrays, seconds=seconds, at_least=at_least, warmup=2)[0]
+
+    def time_both(
+        self, arrays: Sequence[Array], *, seconds: float, at_least: int, warmup: int
+    ) -> tuple[list[float], list[float]]:
+        """Milliseconds of single calls by the clock, and of processor time of all threads, after `warmup` that do not
+        count."""
+        job = {"time": self._write(arrays), "seconds": seconds, "at_least": at_least, "warmup": warmup}
+        reply = self._ask(job, "run")
+        return list(reply["milliseconds"]), list(reply["processor_milliseconds"])
 
     def _write(self, arrays: Sequence[Array]) -> str:
         path = self._folder / "in.npz"

@@ -4,7 +4,8 @@ Run as a script (`python -P worker.py`) and standing alone, like the runtimes. A
 
     {"load": {"runtime_file", "path", "inputs", "outputs", "settings"}}
     {"run": "in.npz", "into": "out.npz"}           arrays named 0, 1, … in call order
-    {"time": "in.npz", "seconds": 0.5, "at_least": 5}  -> {"milliseconds": [...]}
+    {"time": "in.npz", "seconds": 0.5, "at_least": 5, "warmup": 2}
+                                   -> {"milliseconds": [...], "processor_milliseconds": [...]}
 
 Each answer holds "peak_bytes", the largest resident size so far, or "error" with the reason.
 """
@@ -39,17 +40,22 @@ def load(job: dict[str, Any]) -> Run:
     return run
 
 
-def timed(run: Run, arrays: list[Any], *, seconds: float, at_least: int) -> list[float]:
-    """Milliseconds of single calls, one after the other, after two that do not count."""
-    run(arrays)
-    run(arrays)
+def timed(
+    run: Run, arrays: list[Any], *, seconds: float, at_least: int, warmup: int
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of single calls, one after the other, after `warmup` that do not count: by the clock, and of this
+    process's threads on processors."""
+    for _ in range(warmup):
+        run(arrays)
     taken: list[float] = []
+    processor: list[float] = []
     end = time.perf_counter() + seconds
     while len(taken) < at_least or time.perf_counter() < end:
-        start = time.perf_counter()
+        used, start = time.process_time(), time.perf_counter()
         run(arrays)
         taken.append((time.perf_counter() - start) * 1e3)
-    return taken
+        processor.append((time.process_time() - used) * 1e3)
+    return taken, processor
 
 
 def peak_bytes() -> int:
@@ -67,7 +73,9 @@ def answer(job: dict[str, Any], state: dict[str, Run]) -> dict[str, Any]:
         np.savez(job["into"], **{str(i): np.asarray(a) for i, a in enumerate(outputs)})  # type: ignore[arg-type]
         return {}
     arrays = read(job["time"])
-    return {"milliseconds": timed(state["run"], arrays, seconds=job["seconds"], at_least=job["at_least"])}
+    limits = {name: job[name] for name in ("seconds", "at_least", "warmup")}
+    taken, processor = timed(state["run"], arrays, **limits)
+    return {"milliseconds": taken, "processor_milliseconds": processor}
 
 
 def main() -> None:

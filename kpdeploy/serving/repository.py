@@ -74,6 +74,28 @@ def find_deployment(repo: str, model: str | None) -> Deployment:
     return deployments[model]
 
 
+def find_version(repo: str, model: str | None, version: int | None) -> Deployment:
+    """A version of a model, committed or earlier; the committed one where `version` is None.
+
+    Raises:
+        RepositoryBroken, UnknownName: as find_deployment; or there is no such version.
+    """
+    current = find_deployment(repo, model)
+    if version in (None, current.version):
+        return current
+    fs, root = open_storage(current.repository)
+    folder = f"{root}/{current.model}"
+    there = sorted(int(n) for n in names_in(fs, folder) if n.isdecimal() and fs.exists(f"{folder}/{n}/{MANIFEST}"))
+    if version not in there:
+        raise UnknownName(
+            f"{repo} holds no version {version} of {current.model}",
+            why=f"its versions are: {', '.join(map(str, there))}",
+            next_step="name one of them",
+        )
+    with downloaded(fs, f"{folder}/{version}", (MANIFEST,)) as copy:
+        return Deployment(repository=current.repository, manifest=Manifest.read(copy))
+
+
 @contextmanager
 def local_files(deployment: Deployment) -> Iterator[Path]:
     """A local folder with the version's files: its own, or a copy that ends with the context."""
