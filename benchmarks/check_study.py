@@ -108,11 +108,12 @@ def one_run(side: Side, other: Side, *, seconds: float, points: list[dict[str, i
 @click.option("--slowdown", default=0.10, show_default=True)
 @click.option("--load", "loads", default=0, show_default=True)
 @click.option("--shape", "points", multiple=True, help="Such as batch=1,seq=128.  [default: those of the command]")
-@click.option("--until", help="Stop before this time of day, such as 18:30.")
+@click.option("--minutes", type=float, default=float("inf"), help="Begin no run later than this.")
 def main(
     repo: str, output: Path, model: str | None, runs: int, seconds: float, slowdown: float, loads: int,
-    points: tuple[str, ...], until: str | None,
+    points: tuple[str, ...], minutes: float,
 ) -> None:  # fmt: skip
+    end = time.monotonic() + minutes * 60
     deployment = find_deployment(repo, model)
     folder = Path(deployment.folder)
     same = Side(name="itself", folder=folder, manifest=deployment.manifest, baseline=Baseline.read(folder))
@@ -133,7 +134,7 @@ def main(
         slower = replace(same, name="slower", runtime_file=runtime)
         while min(len(study["itself"]), len(study["slower"])) < runs:
             kind = min(("itself", "slower"), key=lambda name: len(study[name]))
-            if until and time.strftime("%H:%M") >= until:
+            if time.monotonic() > end:
                 break
             found = one_run(same, slower if kind == "slower" else same, seconds=seconds, points=chosen)
             study[kind].append(found)

@@ -66,6 +66,11 @@ class Windows:
             memory_bytes=memory_bytes,
         )
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Windows:
+        lists = {name: tuple(data[name]) for name in ("p50_ms", "p99_ms", "histogram")}
+        return cls(**{**data, **lists})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
@@ -105,7 +110,7 @@ class Baseline:
             with np.load(folder / GOLDEN, allow_pickle=False) as arrays:
                 exchanges = _exchanges({name: arrays[name] for name in arrays.files})
             latencies = tuple(Latency(**entry) for entry in data["latencies"])
-            windows = tuple(_windows(entry) for entry in data.get("windows", ()))
+            windows = tuple(Windows.from_json(entry) for entry in data.get("windows", ()))
             return cls(exchanges=exchanges, latencies=latencies, environment=data["environment"], windows=windows)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RepositoryBroken(
@@ -113,11 +118,6 @@ class Baseline:
                 why=str(error),
                 next_step="export the model again",
             ) from None
-
-
-def _windows(data: Mapping[str, Any]) -> Windows:
-    lists = {name: tuple(data[name]) for name in ("p50_ms", "p99_ms", "histogram")}
-    return Windows(**{**data, **lists})
 
 
 def _exchanges(arrays: Mapping[str, Array]) -> tuple[Exchange, ...]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kpdeploy.artifact import MOUNT, Artifact, Latency, Manifest, Verdict
+from kpdeploy.artifact import BASELINE, MANIFEST, MOUNT, Artifact, Latency, Manifest, Verdict
 from kpdeploy.baseline import WINDOWS, Baseline, Exchange, Windows
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
@@ -28,6 +28,7 @@ from kpdeploy.errors import (
     ExportFailed,
     FormatUnavailable,
     KpdeployError,
+    NothingToCompare,
     PackageMissing,
     ProofFailed,
     UnknownName,
@@ -35,6 +36,9 @@ from kpdeploy.errors import (
 from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
 from kpdeploy.model import Model
+from kpdeploy.monitoring.check import CheckReport, Reference, Side, check_against, check_versions
+from kpdeploy.monitoring.history import Entry, branch, open_history, record, values_of
+from kpdeploy.monitoring.regression import Criteria
 from kpdeploy.ops.libraries import contract, find
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
@@ -197,6 +201,7 @@ def export(
         manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, replace(baseline, windows=windows))
+    _remember(deployment, windows, baseline, progress)
     return ExportReport(
         deployment=deployment,
         candidates=tuple(candidates),
@@ -702,10 +707,118 @@ def _manifest(
     )
 
 
+def _remember(deployment: Deployment, windows: Sequence[Windows], baseline: Baseline, progress: Progress) -> None:
+    """Append the export to the history. That it cannot be is told, and fails nothing."""
+    entry = Entry(
+        kind="export",
+        model=deployment.model,
+        version=str(deployment.version),
+        values=values_of(windows),
+        windows=tuple(windows),
+        environment=baseline.environment,
+        label=branch(),
+    )
+    if failed := record(entry):
+        progress.say(f"not in the history: {failed}")
+
+
 def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baseline) -> Deployment:
     assert chosen.artifact is not None
     baseline.write(chosen.artifact.folder)
     return TARGETS[manifest.target].package.publish(repo, manifest, chosen.artifact.folder)
+
+
+# What is measured afterwards
+
+
+def check(
+    repo: str,
+    *,
+    against: str,
+    model: str | None = None,
+    seconds: float = 60,
+    points: Sequence[Point] = (),
+    threads: int = 1,
+    criteria: Criteria | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Compare a version with an earlier one, side by side on this machine, or with stored windows.
+
+    Args:
+        repo: REPO, or REPO@VERSION; without a version the committed one.
+        against: REPO@VERSION or a version's number; a version's folder or its baseline.json; or a label of the history,
+            such as main.
+        seconds: how long to measure, at most and about. threads: of each runtime; 0: as it is served.
+
+    Raises:
+        RepositoryBroken, DigestMismatch, UnknownName: a version is not there, or not what was proven.
+        NothingToCompare: no baseline, or of another model. InputMismatch: a point outside of the range.
+        ProofFailed: an artifact cannot be run here.
+    """
+    judged, shown = criteria or Criteria(), progress or Progress()
+    with ExitStack() as held:
+        new = _side(held, *_at_version(repo), model)
+        old = _reference(held, against, repo, new)
+        if isinstance(old, Side):
+            report = check_versions(
+                new, old, criteria=judged, seconds=seconds, points=points, threads=threads, progress=shown
+            )
+        else:
+            report = check_against(new, old, criteria=judged, seconds=seconds, progress=shown)
+    if failed := record(report.entry(str(new.manifest.version))):
+        shown.say(f"not in the history: {failed}")
+    return report
+
+
+def _at_version(text: str) -> tuple[str, int | None]:
+    repo, at, version = text.rpartition("@")
+    return (repo, int(version)) if at and version.isdecimal() else (text, None)
+
+
+def _side(held: ExitStack, repo: str, version: int | None, model: str | None) -> Side:
+    from kpdeploy.serving.triton.repository import find_version, local_files
+
+    deployment = find_version(repo, model, version)
+    folder = held.enter_context(local_files(deployment))
+    deployment.manifest.check_files(folder)
+    name = f"{deployment.model} {repo.rstrip('/')}@{deployment.version}"
+    return Side(name=name, folder=folder, manifest=deployment.manifest, baseline=Baseline.read(folder))
+
+
+def _reference(held: ExitStack, against: str, repo: str, new: Side) -> Side | Reference:
+    """What `against` names: a version, a stored baseline, or a label of the history."""
+    place, version = _at_version(against)
+    if against.isdecimal():
+        place, version = _at_version(repo)[0], int(against)
+    if version is not None:
+        return _side(held, place, version, new.manifest.model)
+    path = Path(against)
+    if path.exists():
+        return _stored(path)
+    with open_history() as history:
+        found = history.windows(new.manifest.model, against)
+    if found is None:
+        raise NothingToCompare(
+            f"there is nothing to compare {new.name} with",
+            why=f"{against!r} is no REPO@VERSION, no file, and no label that the history has of {new.manifest.model}",
+            next_step="give a version, such as --against models@3",
+        )
+    windows, where, at = found
+    name = f"{against} of {datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M}"
+    return Reference(name=name, model=new.manifest.model, windows=windows, environment=where)
+
+
+def _stored(path: Path) -> Reference:
+    folder = path if path.is_dir() else path.parent
+    if not (folder / BASELINE).is_file():
+        raise NothingToCompare(
+            f"{path} holds no baseline",
+            why=f"there is no {folder / BASELINE}",
+            next_step="give the folder of a version, or its baseline.json; or a version, such as --against models@3",
+        )
+    model = Manifest.read(folder).model if (folder / MANIFEST).is_file() else ""
+    baseline = Baseline.read(folder)
+    return Reference(name=str(path), model=model, windows=baseline.windows, environment=baseline.environment)
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -11,6 +11,9 @@ from hypothesis import settings
 # Nothing is fetched from a model hub, whatever a test loads.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# No test writes into the history of whoever runs it.
+os.environ["KPDEPLOY_HISTORY"] = "off"
+
 # The same examples every time, and no deadline: a busy machine is no defect.
 settings.register_profile("kpdeploy", deadline=None, derandomize=True)
 settings.load_profile("kpdeploy")

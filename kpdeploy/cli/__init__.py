@@ -17,6 +17,8 @@ COMMANDS = {
     "serve": "Serve a model repository on this machine with a real Triton or TorchServe.",
     "verify": "Replay the golden requests against a running server.",
     "bench": "Measure latency and throughput of a running server under load.",
+    "check": "Is this version slower or wrong, beside an earlier one? A gate for CI.",
+    "history": "Show how a model's figures changed, and when.",
     "ops": "List the fused ops and who runs them; explain a choice, validate the kernels.",
     "doctor": "Show what is on this machine, what is missing, and how to get it.",
     "exit-codes": "List what each exit code means.",

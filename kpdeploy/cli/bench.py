@@ -136,6 +136,7 @@ def command(
         timeout_seconds=timeout_seconds,
         progress=console.progress(json_output=as_json),
     )
+    _remember(report)
     if plot is not None:
         from kpdeploy.bench.plot import draw
 
@@ -147,6 +148,33 @@ def command(
     if plot is not None:
         console.err.print(f"drawn: {plot}")
     _suggest(report, repo)
+
+
+def _remember(report: BenchReport) -> None:
+    """Append the levels to the history. That it cannot be is told, and fails nothing."""
+    from kpdeploy.cli import console
+    from kpdeploy.hardware import conditions, environment
+    from kpdeploy.monitoring.history import Entry, Value, branch, point_name, record
+
+    values = []
+    for row in report.rows:
+        where = f"{point_name(report.point)} {report.protocol} {row.label}".strip()
+        figures = {"requests_per_second": row.throughput, "failed_total": float(row.failed)}
+        if row.succeeded:
+            figures |= {"p50_ms": row.latencies.p50_ms, "p99_ms": row.latencies.p99_ms}
+        values += [Value(metric=name, point=where, value=value) for name, value in figures.items()]
+    failed = record(
+        Entry(
+            kind="bench",
+            model=report.model,
+            version=report.version,
+            values=tuple(values),
+            environment={**environment(), **conditions(), "url": report.url, "server": report.server},
+            label=branch(),
+        )
+    )
+    if failed:
+        console.err.print(f"note: not in the history: {failed}", markup=False)
 
 
 def _show(report: BenchReport) -> None:

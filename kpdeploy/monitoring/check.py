@@ -28,6 +28,7 @@ from kpdeploy.compare import compare
 from kpdeploy.errors import CannotTell, InputMismatch, NothingToCompare, Regressed
 from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, middle_point, sample
+from kpdeploy.monitoring.history import Entry, branch, values_of
 from kpdeploy.monitoring.regression import Criteria, Judgement, judge, judge_pairs
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
@@ -159,6 +160,19 @@ class CheckReport:
             next_step="give it more time with --seconds, or a quieter machine",
         )
 
+    def entry(self, version: str) -> Entry:
+        """What the history keeps of it."""
+        return Entry(
+            kind="check",
+            model=self.model,
+            version=version,
+            values=values_of(self.windows),
+            windows=self.windows,
+            environment=self.environment,
+            label=branch(),
+            outcome=self.outcome,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": self.model,
@@ -227,7 +241,7 @@ def check_versions(
         notes=notes,
         windows=measured.windows(),
         criteria=criteria,
-        environment={**environment(), **conditions()},
+        environment={**environment(), **conditions(), "threads": threads},
         seconds=time.monotonic() - started,
     )
 
@@ -248,8 +262,8 @@ def check_against(
     signature = new.manifest.signature
     measured = _Measured([dict(entry.point) for entry in stored.windows])
     with (progress or Progress()).step(f"measuring {new.name}", total=LOOKS + 1) as advance, ExitStack() as stack:
-        # As it is served: so the windows were taken, too.
-        process = stack.enter_context(new.process(0))
+        threads = int(stored.environment.get("threads", 0))
+        process = stack.enter_context(new.process(threads))
         answers, notes = _answers(process, new, None)
         for block in range(LOOKS + 1):
             measured.take([process], signature, block)
@@ -271,7 +285,7 @@ def check_against(
         notes=(*notes, f"{stored.name} was measured at another time: give a version to measure it beside"),
         windows=measured.windows(),
         criteria=criteria,
-        environment={**here, **conditions()},
+        environment={**here, **conditions(), "threads": threads},
         seconds=time.monotonic() - started,
     )
 
@@ -389,7 +403,8 @@ def _answers(process: RuntimeProcess, new: Side, old: Side | None) -> tuple[tupl
     if old is None:
         return found, ()
     if _source(new) == _source(old):
-        return (*found, *_replayed(process, new, old.baseline)), ()
+        theirs = _replayed(process, new, old.baseline)
+        return tuple(max(pair, key=lambda c: (not c.passed, c.error)) for pair in zip(found, theirs, strict=True)), ()
     worst = max((c.error for c in _replayed(process, new, old.baseline)), default=0.0)
     return found, (f"the versions have different sources; their golden answers differ by {worst:.1e}",)
 
