@@ -31,7 +31,7 @@ from kpdeploy.hardware import environment
 from kpdeploy.monitoring.check import Side, check_versions
 from kpdeploy.monitoring.regression import Criteria
 from kpdeploy.runtimes import source
-from kpdeploy.serving.triton.repository import find_deployment
+from kpdeploy.serving.repository import find_deployment
 
 SLOWER = """
 import importlib.util

@@ -776,7 +776,7 @@ def _at_version(text: str) -> tuple[str, int | None]:
 
 
 def _side(held: ExitStack, repo: str, version: int | None, model: str | None) -> Side:
-    from kpdeploy.serving.triton.repository import find_version, local_files
+    from kpdeploy.serving.repository import find_version, local_files
 
     deployment = find_version(repo, model, version)
     folder = held.enter_context(local_files(deployment))
