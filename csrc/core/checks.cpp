@@ -20,6 +20,7 @@ const char* dtype_name(int dtype) {
     case KPDEPLOY_BF16: return "bfloat16";
     case KPDEPLOY_F16: return "float16";
     case KPDEPLOY_I64: return "int64";
+    case KPDEPLOY_F8: return "float8_e4m3fn";
     default: return "another dtype";
   }
 }
@@ -60,7 +61,7 @@ int64_t Tensor::numel() const {
   return n;
 }
 
-int64_t Tensor::item_bytes() const { return dtype == KPDEPLOY_F32 ? 4 : 2; }
+int64_t Tensor::item_bytes() const { return dtype == KPDEPLOY_F32 ? 4 : dtype == KPDEPLOY_F8 ? 1 : 2; }
 
 std::string Tensor::shape() const {
   std::string text = "[";
@@ -68,26 +69,48 @@ std::string Tensor::shape() const {
   return text + "]";
 }
 
-Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank) {
+namespace {
+
+void check_device(const char* name, const kpdeploy_tensor* tensor) {
   if (!tensor) refuse("%s is missing", name);
   const bool gpu = tensor->device == KPDEPLOY_CUDA;
   if (tensor->device != KPDEPLOY_CPU && !gpu)
     refuse_unsupported("%s is neither on the CPU nor on an NVIDIA GPU", name);
   if (gpu && !cuda_kernels())
     refuse_unsupported("%s is on a GPU, and this library was built without CUDA (csrc/BUILD.md)", name);
+}
+
+Tensor checked(const char* name, const kpdeploy_tensor* tensor, int least_rank) {
   if (tensor->rank < least_rank) refuse("%s has %d dims, not at least %d", name, tensor->rank, least_rank);
-  const bool half = gpu && tensor->dtype == KPDEPLOY_F16;
-  if (tensor->dtype != KPDEPLOY_F32 && tensor->dtype != KPDEPLOY_BF16 && !half)
-    refuse_unsupported("%s is %s; the %s", name, dtype_name(tensor->dtype),
-                       gpu ? "CUDA kernels take float32, bfloat16 and float16"
-                           : "CPU kernels take float32 and bfloat16");
   Tensor t{name,          static_cast<char*>(tensor->data), tensor->sizes, tensor->strides, tensor->rank, tensor->dtype,
            tensor->device, tensor->device_index};
   for (int i = 0; i < t.rank; ++i)
     if (t.sizes[i] < 0) refuse("%s has a negative size: %s", name, t.shape().c_str());
   if (t.numel() > 0 && !t.data) refuse("%s has no data", name);
-  if (t.numel() > 0 && t.size(-1) > 1 && t.stride(-1) != 1) refuse("the last dim of %s is not contiguous", name);
+  if (t.rank > 0 && t.numel() > 0 && t.size(-1) > 1 && t.stride(-1) != 1)
+    refuse("the last dim of %s is not contiguous", name);
   return t;
+}
+
+}  // namespace
+
+Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank) {
+  check_device(name, tensor);
+  const bool gpu = tensor->device == KPDEPLOY_CUDA, half = gpu && tensor->dtype == KPDEPLOY_F16;
+  if (tensor->rank < least_rank) refuse("%s has %d dims, not at least %d", name, tensor->rank, least_rank);
+  if (tensor->dtype != KPDEPLOY_F32 && tensor->dtype != KPDEPLOY_BF16 && !half)
+    refuse_unsupported("%s is %s; the %s", name, dtype_name(tensor->dtype),
+                       gpu ? "CUDA kernels take float32, bfloat16 and float16"
+                           : "CPU kernels take float32 and bfloat16");
+  return checked(name, tensor, least_rank);
+}
+
+Tensor gpu_tensor(const char* name, const kpdeploy_tensor* tensor, int dtype, int least_rank, const Tensor* like) {
+  check_device(name, tensor);
+  if (tensor->device != KPDEPLOY_CUDA) refuse_unsupported("%s is on the CPU, and this op has kernels for GPUs", name);
+  if (like) same_device(name, *tensor, *like);
+  if (tensor->dtype != dtype) refuse("%s is %s, not %s", name, dtype_name(tensor->dtype), dtype_name(dtype));
+  return checked(name, tensor, least_rank);
 }
 
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like) {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "cuda.h"
+#include "gpu.h"
 #include "isa.h"
 #include "kpdeploy.h"
 
@@ -56,6 +56,9 @@ struct Tensor {
 // A tensor of at least `least_rank`, its last dim contiguous, on a device and of a dtype that this build has kernels
 // for.
 Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank);
+// A tensor on a GPU of this dtype, for kernels that are only there; its last dim contiguous. `like`: on whose device.
+Tensor gpu_tensor(const char* name, const kpdeploy_tensor* tensor, int dtype, int least_rank,
+                  const Tensor* like = nullptr);
 // As `floats`, with the dtype and on the device of `like`.
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like);
 // A vector [n] of the dtype of `like`; null where the pointer is.

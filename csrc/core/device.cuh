@@ -189,6 +189,7 @@ template <class T>
 void norm(const CudaNorm& a, void* stream);
 template <class T>
 void linear(const CudaLinear& a, void* stream);
+void fp8_linear(const CudaLinear& a, void* stream);
 template <class T>
 void attention(const CudaAttention& a, void* stream);
 

@@ -30,6 +30,7 @@ typedef enum {
   KPDEPLOY_BF16 = 1,
   KPDEPLOY_F16 = 2,
   KPDEPLOY_I64 = 3,
+  KPDEPLOY_F8 = 4, /* float8_e4m3fn */
 } kpdeploy_dtype;
 
 typedef enum { KPDEPLOY_CPU = 0, KPDEPLOY_CUDA = 1, KPDEPLOY_OTHER_DEVICE = -1 } kpdeploy_device;
@@ -78,6 +79,15 @@ int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* q
 int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation,
                                const kpdeploy_tensor* out);
+
+/* The same of 8-bit x and weight (float8_e4m3fn), each times its scale: x_scale and weight_scale are float32, of one
+ * element, or one a row of x ([..., 1] beside x [..., K]) and of the weight ([N]). bias: bfloat16 [N] or NULL. out is
+ * bfloat16; or float8_e4m3fn, of the result over out_scale (float32, one element; NULL for bfloat16), saturated. On a GPU
+ * of compute capability 9.0 only. */
+int kpdeploy_fp8_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                   const kpdeploy_tensor* weight, const kpdeploy_tensor* x_scale,
+                                   const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
+                                   const kpdeploy_tensor* out_scale, int activation, const kpdeploy_tensor* out);
 
 /* Only the checks, for callers that have a library multiply. */
 int kpdeploy_check_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
@@ -128,6 +138,11 @@ int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor
 
 /* The activation of a name (none, relu, gelu, gelu_tanh, silu), or -1. */
 int kpdeploy_activation_of(const char* name);
+
+/* Which library multiplies on a GPU (ours or cuBLASLt), for products that were measured there: rows in the text of
+ * kpdeploy/ops/gpu_measured.tsv in place of those that were built in; NULL: those again. For the whole process.
+ * The libraries show it as kpdeploy_use_gpu_providers(rows). */
+int kpdeploy_set_gpu_providers(const kpdeploy_context* context, const char* rows);
 
 /* Whether this library was built with CUDA kernels: 1 or 0. It says nothing of GPUs. */
 int kpdeploy_cuda(void);

@@ -256,6 +256,55 @@ int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_t
   });
 }
 
+int kpdeploy_fp8_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                   const kpdeploy_tensor* weight, const kpdeploy_tensor* x_scale,
+                                   const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
+                                   const kpdeploy_tensor* out_scale, int activation, const kpdeploy_tensor* out) {
+  return guarded(context, "fp8_linear_activation", [&] {
+    check_activation(activation);
+    const Tensor a = gpu_tensor("x", x, KPDEPLOY_F8, 1);
+    const Tensor w = gpu_tensor("weight", weight, KPDEPLOY_F8, 2, &a);
+    if (w.rank != 2 || w.size(1) != a.size(-1))
+      refuse("weight is %s, which does not fit x %s", w.shape().c_str(), a.shape().c_str());
+    const Tensor o = gpu_tensor("out", out, out_scale ? KPDEPLOY_F8 : KPDEPLOY_BF16, 1, &a);
+    bool fits = o.rank == a.rank && o.size(-1) == w.size(0);
+    for (int i = 0; fits && i < a.rank - 1; ++i) fits = o.size(i) == a.size(i);
+    if (!fits) refuse("out is %s, which does not fit x %s", o.shape().c_str(), a.shape().c_str());
+    const Rows rows(a), outs(o);
+    CudaLinear c{};
+    // One scale for all, or one a row: as many elements, side by side.
+    const auto scales = [&](const char* name, const kpdeploy_tensor* tensor, int64_t count, bool* each) {
+      const Tensor t = gpu_tensor(name, tensor, KPDEPLOY_F32, 0, &a);
+      int64_t dense = 1;
+      for (int i = t.rank - 1; i >= 0; dense *= t.size(i--))
+        if (t.size(i) > 1 && t.stride(i) != dense) refuse("%s is not contiguous", name);
+      *each = t.numel() != 1;
+      if (*each && t.numel() != count)
+        refuse("%s is %s: one element, or %lld, fit", name, t.shape().c_str(), (long long)count);
+      return reinterpret_cast<const float*>(t.data);
+    };
+    bool none = false;
+    c.x_scale = scales("x_scale", x_scale, rows.count(), &c.x_scale_rows);
+    c.weight_scale = scales("weight_scale", weight_scale, w.size(0), &c.weight_scale_rows);
+    if (out_scale) c.out_scale = scales("out_scale", out_scale, 1, &none);
+    if (bias) {
+      const Tensor b = gpu_tensor("bias", bias, KPDEPLOY_BF16, 1, &a);
+      if (b.rank != 1 || b.size(0) != w.size(0))
+        refuse("bias is %s; [%lld] fits weight", b.shape().c_str(), (long long)w.size(0));
+      c.bias = b.data;
+    }
+    if (o.numel() == 0) return;
+    c.x = rows.walk();
+    c.out = outs.walk();
+    c.weight = {w.data, w.stride(0)};
+    c.rows = rows.count();
+    c.n = w.size(0);
+    c.k = w.size(1);
+    c.activation = activation;
+    cuda_kernels()->fp8_linear(c, context->stream);
+  });
+}
+
 int kpdeploy_check_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                      const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation) {
   return guarded(context, "linear_activation", [&] {

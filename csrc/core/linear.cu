@@ -1,7 +1,13 @@
 // linear_activation and gated_linear: tiles of x times tiles of the weight, both contiguous along K. 16-bit dtypes on
 // the tensor cores with float32 sums, float32 in plain float32. A few rows: each row of the weight is read once.
 
+#include <mutex>
+#include <vector>
+
+#include "cublaslt.h"
 #include "device.cuh"
+#include "gpu_choice.h"
+#include "hopper_linear.h"
 
 namespace kpdeploy {
 namespace {
@@ -289,10 +295,51 @@ void multiply_any(const CudaLinear& a, void* stream) {
     multiply_tiles<T, 64, 64, kGated>(a, is_aligned, stream);
 }
 
+struct Gpu {
+  int index, capability, processors;
+  const char* name;
+};
+
+// Of the current device.
+Gpu current_gpu() {
+  static std::mutex mutex;
+  static std::vector<Gpu> known;  // names live as long as the process
+  Gpu gpu{};
+  check_cuda(cudaGetDevice(&gpu.index));
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Gpu& one : known)
+    if (one.index == gpu.index) return one;
+  auto* const properties = new cudaDeviceProp;
+  check_cuda(cudaGetDeviceProperties(properties, gpu.index));
+  gpu.capability = properties->major * 10 + properties->minor;
+  gpu.processors = properties->multiProcessorCount;
+  gpu.name = properties->name;
+  known.push_back(gpu);
+  return gpu;
+}
+
 }  // namespace
+
+void fp8_linear(const CudaLinear& a, void* stream) {
+  const Gpu gpu = current_gpu();
+  if (gpu.capability != 90) refuse_unsupported("products of 8-bit floats need a GPU of compute capability 9.0 (H100)");
+  const Chosen chosen = chosen_for(gpu.name, a, KPDEPLOY_F8);
+  if (chosen == Chosen::kCublasLt && cublaslt_linear(a, KPDEPLOY_F8, gpu.index, stream)) return;
+  if (!hopper_fp8_linear(a, gpu.processors, stream))
+    refuse_unsupported("these 8-bit floats do not lie in rows of a multiple of 16 bytes, 16-byte aligned, as the copy "
+                       "engine needs them; nor fits out, whose rows too must be such");
+}
 
 template <class T>
 void linear(const CudaLinear& a, void* stream) {
+  constexpr int kDtype = std::is_same_v<T, float> ? KPDEPLOY_F32 : std::is_same_v<T, bf16> ? KPDEPLOY_BF16 : KPDEPLOY_F16;
+  const Gpu gpu = current_gpu();
+  const Chosen chosen = chosen_for(gpu.name, a, kDtype);
+  if (chosen == Chosen::kCublasLt && cublaslt_linear(a, kDtype, gpu.index, stream)) return;
+  if constexpr (!std::is_same_v<T, float>)
+    if (gpu.capability == 90 && hopper_linear<T>(a, gpu.processors, stream)) return;
+  // What is left is our general kernel, which is slower than cuBLASLt but for a few rows.
+  if (chosen != Chosen::kOwn && a.rows > kDotRows && cublaslt_linear(a, kDtype, gpu.index, stream)) return;
   return a.gated ? multiply_any<T, true>(a, stream) : multiply_any<T, false>(a, stream);
 }
 

@@ -22,6 +22,11 @@
 extern "C" __attribute__((visibility("default"))) int kpdeploy_torch_registered;
 int kpdeploy_torch_registered = 0;
 
+// See kpdeploy_set_gpu_providers, which this is for whoever loads the library.
+extern "C" __attribute__((visibility("default"))) int kpdeploy_use_gpu_providers(const char* rows) {
+  return kpdeploy_set_gpu_providers(nullptr, rows);
+}
+
 namespace {
 
 using torch::stable::Tensor;
@@ -44,7 +49,8 @@ struct View {
                  : dtype == aoti_torch_dtype_bfloat16() ? KPDEPLOY_BF16
                  : dtype == aoti_torch_dtype_float16()  ? KPDEPLOY_F16
                  : dtype == aoti_torch_dtype_int64()    ? KPDEPLOY_I64
-                                                        : KPDEPLOY_OTHER;
+                 : dtype == aoti_torch_dtype_float8_e4m3fn() ? KPDEPLOY_F8
+                                                             : KPDEPLOY_OTHER;
     view.device = tensor.is_cpu() ? KPDEPLOY_CPU : tensor.is_cuda() ? KPDEPLOY_CUDA : KPDEPLOY_OTHER_DEVICE;
     view.device_index = tensor.is_cpu() ? 0 : tensor.get_device_index();
   }
@@ -129,16 +135,21 @@ void run(const View& first, const Call& call) {
   if (call(&context) != KPDEPLOY_OK) throw std::runtime_error(message);
 }
 
-// A contiguous tensor of these sizes, of the dtype and device of `like`.
-Tensor empty(const Sizes& sizes, const Tensor& like) {
+int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// A contiguous tensor of these sizes on the device of `like`.
+Tensor empty(const Sizes& sizes, const Tensor& like, int32_t dtype) {
   Sizes strides(sizes.size());
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = stride;
     stride *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  int32_t dtype, device, index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  int32_t device, index;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   AtenTensorHandle made;
@@ -146,6 +157,9 @@ Tensor empty(const Sizes& sizes, const Tensor& like) {
       aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype, device, index, &made));
   return Tensor(made);
 }
+
+// Of its dtype, too.
+Tensor empty(const Sizes& sizes, const Tensor& like) { return empty(sizes, like, dtype_of(like)); }
 
 Tensor dense_like(const Tensor& like) {
   if (!like.defined()) throw std::runtime_error("kpdeploy: the first tensor is missing");
@@ -246,6 +260,26 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
   return out;
 }
 
+Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias,
+                             Optional out_scale, StringHandle activation) {
+  const char* name = "";
+  torch_string_c_str(activation, &name);
+  const int kind = kpdeploy_activation_of(name);
+  torch_delete_string(activation);
+
+  make_dense(x, weight);
+  make_dense(bias);
+  const View a(x), w(weight), xs(x_scale), ws(weight_scale);
+  const OptionalView b(bias), os(out_scale);
+  const int32_t dtype = out_scale ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_bfloat16();
+  Tensor out = empty(linear_sizes(x, weight), x, dtype);
+  const View o(out);
+  run(a, [&](const kpdeploy_context* c) {
+    return kpdeploy_fp8_linear_activation(c, a, w, xs, ws, b, os, kind, o);
+  });
+  return out;
+}
+
 Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
   make_dense(x, gate_weight, up_weight);
   const View a(x), g(gate_weight), u(up_weight);
@@ -313,6 +347,10 @@ const Op kOps[] = {
      TORCH_BOX(&attention)},
     {"linear_activation", "linear_activation(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
      TORCH_BOX(&linear_activation)},
+    {"fp8_linear_activation",
+     "fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, "
+     "Tensor? out_scale, str activation) -> Tensor",
+     TORCH_BOX(&fp8_linear_activation)},
     {"gated_linear", "gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) -> Tensor",
      TORCH_BOX(&gated_linear)},
     {"layer_norm", "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", TORCH_BOX(&layer_norm)},

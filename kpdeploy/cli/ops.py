@@ -11,7 +11,8 @@ import click
 
 from kpdeploy.cli import NearCommands
 from kpdeploy.errors import KernelsDiffer, KernelsMissing, UnknownName
-from kpdeploy.ops import providers
+from kpdeploy.ops import measured, providers
+from kpdeploy.ops.linear_activation import ACTIVATIONS
 
 if TYPE_CHECKING:
     from kpdeploy.decision import Decision
@@ -36,6 +37,7 @@ Shapes, all leading dims of x counted as rows:
 Examples:
   kpdeploy ops explain linear_activation --device cpu --dtype f32 --shape 1024x384x1536
   kpdeploy ops explain attention --dtype bf16 --shape 8x128x128x12x32 --json
+  kpdeploy ops explain linear_activation --device cuda --dtype bf16 --activation gelu_tanh --shape 4096x1024x4096
 """
 
 VALIDATE_EPILOG = """\b
@@ -137,9 +139,10 @@ def _provider_json(op: str, p: providers.Provider, at: Mapping[str, Decision]) -
 @click.argument("op")
 @click.option("--device", default="cpu", show_default=True, help=f"One of {', '.join(providers.DEVICES)}.")
 @click.option("--dtype", default="f32", show_default=True, help=f"One of {', '.join(providers.DTYPES)}.")
+@click.option("--activation", default="gelu", show_default=True, help="Of linear_activation.")
 @click.option("--shape", required=True, metavar="AxBx…", help="The sizes of the call, as listed below.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(op: str, device: str, dtype: str, shape: str, as_json: bool) -> None:
+def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_json: bool) -> None:
     """Say who would run a call of OP here, and why the others would not."""
     from kpdeploy.cli import console
 
@@ -147,8 +150,10 @@ def explain(op: str, device: str, dtype: str, shape: str, as_json: bool) -> None
     device = _known("device", device, providers.DEVICES)
     dtype = _known("dtype", dtype, {**providers.DTYPES, **{name: name for name in providers.DTYPES.values()}})
     dtype = providers.DTYPES.get(dtype, dtype)
+    activation = _known("activation", activation, ACTIVATIONS)
     sizes = providers.parse_shape(op, shape)
-    answers = providers.explain(op, device=device, dtype=dtype, sizes=sizes, at=providers.here())
+    answers = providers.explain(op, device=device, dtype=dtype, sizes=sizes, at=providers.here(), activation=activation)
+    elsewhere = measured.of(op, dtype, activation, tuple(sizes.values())) if device == "cuda" else []
     if as_json:
         call = {"op": op, "device": device, "dtype": dtype, "sizes": sizes}
         runs = {r: next((a.provider.name for a in answers if _runs(a, r)), None) for r in providers.RUNTIMES}
@@ -157,7 +162,8 @@ def explain(op: str, device: str, dtype: str, shape: str, as_json: bool) -> None
             | {"library": a.provider.library, "runs": a.runs, "why": a.why}
             for a in answers
         ]
-        console.print_json({**call, "runs": runs, "providers": told})
+        figures = [asdict(row) | {"us": dict(row.us)} for row in elsewhere]
+        console.print_json({**call, "runs": runs, "providers": told, "measured": figures})
         return
     said = ", ".join(f"{size} {name}" for name, size in sizes.items())
     console.out.print(f"{op}: {said}; {dtype} on {device}\n")
@@ -171,6 +177,8 @@ def explain(op: str, device: str, dtype: str, shape: str, as_json: bool) -> None
     for runtime in dict.fromkeys(a.provider.runtime for a in answers if a.provider.device == device):
         if not any(_runs(a, runtime) for a in answers):
             console.err.print(f"in {runtime} nothing runs this call: it ends in an error")
+    for row in elsewhere:
+        console.out.print(f"{row.told}: {row.provider} runs it there", markup=False)
     console.next_command(f"kpdeploy ops validate {op}")
 
 

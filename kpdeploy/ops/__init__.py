@@ -13,6 +13,7 @@ from __future__ import annotations
 from kpdeploy.ops.add_layer_norm import ADD_LAYER_NORM
 from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
 from kpdeploy.ops.attention import ATTENTION
+from kpdeploy.ops.fp8_linear_activation import FP8_LINEAR_ACTIVATION
 from kpdeploy.ops.gated_linear import GATED_LINEAR
 from kpdeploy.ops.layer_norm import LAYER_NORM
 from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
@@ -33,4 +34,7 @@ OPS: dict[str, Op] = {
     )
 }
 
-__all__ = ["NAMESPACE", "ONNX_DOMAIN", "OPS", "Op", "register"]
+GPU_OPS: dict[str, Op] = {op.name: op for op in (FP8_LINEAR_ACTIVATION,)}
+"""Ops in torch for GPUs alone: no CPU kernel, no ONNX form, and no rewrite that makes them."""
+
+__all__ = ["GPU_OPS", "NAMESPACE", "ONNX_DOMAIN", "OPS", "Op", "register"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ShapeMalformed
-from kpdeploy.ops import libraries
+from kpdeploy.ops import libraries, measured
 
 Sizes = Mapping[str, int]
 
@@ -49,12 +49,56 @@ def _head_fits(sizes: Sizes) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call of an op on a machine.
+
+    `gpu` is the name of its GPU, `hopper` whether our kernels for compute capability 9.0 run there; `activation` is of
+    linear_activation, "" of the others.
+    """
+
+    op: str
+    dtype: str
+    sizes: Sizes
+    activation: str = ""
+    gpu: str = ""
+    hopper: bool = False
+
+    def measured(self) -> measured.Measured | None:
+        """What was measured of it on this GPU."""
+        found = measured.of(self.op, self.dtype, self.activation, tuple(self.sizes.values()))
+        return next((m for m in found if m.device == self.gpu), None)
+
+
+def _takes_any(call: Call) -> str:
+    return ""
+
+
+CUBLASLT_ACTIVATIONS = ("none", "relu", "gelu_tanh")
+"""The epilogues of cuBLASLt that csrc/core/cublaslt.cpp asks for: it has no GELU by erf, and no SiLU."""
+
+
+def _cublaslt_refuses(call: Call) -> str:
+    """As csrc/core/linear.cu decides."""
+    if call.activation not in CUBLASLT_ACTIVATIONS:
+        return f"it has no epilogue for {call.activation}"
+    known = call.measured()
+    if known:
+        return known.told if known.provider == "kpdeploy" else ""
+    if 0 in call.sizes.values():
+        return "there is nothing to multiply"
+    whole_rows = call.sizes["inputs"] % 8 == call.sizes["outputs"] % 8 == 0
+    if call.hopper and call.dtype != "float32" and whole_rows:
+        return "not measured: our kernels for compute capability 9.0 take it first"
+    return "" if call.sizes["rows"] > FEW_ROWS else f"up to {FEW_ROWS} rows our own kernel is as fast"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Provider:
     """One implementation that may run an op.
 
     `library` is the file that holds it, or that calls it. `needs` are names of NEEDS; `dtype_needs` one more, by dtype.
     `when` says when it is chosen. `refuses` gives the reason for which it leaves a call of these sizes to the next one;
-    empty: it takes it.
+    empty: it takes it; `refuses_call` the same of what else is known of the call.
     """
 
     name: str
@@ -65,6 +109,7 @@ class Provider:
     needs: tuple[str, ...]
     when: str
     refuses: Callable[[Sizes], str] = _takes_all
+    refuses_call: Callable[[Call], str] = _takes_any
     dtype_needs: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -149,6 +194,32 @@ def _gpu() -> Decision:
     return Skipped(what="NVIDIA GPU", reason="this machine has no NVIDIA GPU")
 
 
+def _hopper() -> Decision:
+    what = "compute capability 9.0"
+    from kpdeploy.hardware import detect
+
+    gpus = detect().gpus
+    if gpus and gpus[0].capability == "9.0":
+        return Applied(what=what, detail=gpus[0].name)
+    found = f"the GPU here has {gpus[0].capability}" if gpus else "this machine has no NVIDIA GPU"
+    return Skipped(what=what, reason=found)
+
+
+def _cublaslt() -> Decision:
+    what = "cuBLASLt"
+    import ctypes
+
+    if _has("torch"):
+        import torch  # noqa: F401 - a torch with CUDA brings it, and loads it
+    for name in ("libcublasLt.so.13", "libcublasLt.so.12"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return Applied(what=what, detail=name)
+    return Skipped(what=what, reason="no libcublasLt.so.13 or .12 can be loaded: our own kernels run")
+
+
 def _torch_cuda() -> Decision:
     what = "torch with CUDA"
     if not _has("torch"):
@@ -197,6 +268,8 @@ NEEDS: dict[str, Callable[[], Decision]] = {
     "bfloat16 in oneDNN": _onednn_bfloat16,
     "CUDA kernels": _cuda_kernels,
     "NVIDIA GPU": _gpu,
+    "compute capability 9.0": _hopper,
+    "cuBLASLt": _cublaslt,
     "torch with CUDA": _torch_cuda,
     "ONNX Runtime with CUDA": _onnxruntime_cuda,
     f"no {libraries.TORCH}": _no_torch_library,
@@ -269,6 +342,22 @@ def _ours(refuses: Callable[[Sizes], str] = _takes_all) -> tuple[Provider, ...]:
 
 
 OURS = _ours()
+CUBLASLT = tuple(
+    Provider(
+        name="cublaslt",
+        runtime=runtime,
+        device="cuda",
+        dtypes=GPU_DTYPES,
+        library=library,
+        needs=(*GPU, f"{package} with CUDA", library, "cuBLASLt"),
+        when="products that it was measured to make faster, and those that our kernels for 9.0 do not take",
+        refuses_call=_cublaslt_refuses,
+    )
+    for runtime, package, library in (
+        ("torch", "torch", libraries.TORCH),
+        ("onnxruntime", "ONNX Runtime", libraries.ONNX),
+    )
+)
 ONEDNN = Provider(
     name="onednn",
     runtime="torch",
@@ -321,7 +410,7 @@ class Row:
 
 PROVIDERS: dict[str, Row] = {
     "attention": Row(dims=HEADS, providers=_ours(_head_fits)),
-    "linear_activation": Row(dims=LINEAR, providers=(ONEDNN, *OURS)),
+    "linear_activation": Row(dims=LINEAR, providers=(ONEDNN, *CUBLASLT, *OURS)),
     "gated_linear": Row(dims=LINEAR, providers=(ONEDNN, *OURS)),
     "layer_norm": Row(dims=ROWS, providers=OURS),
     "rms_norm": Row(dims=ROWS, providers=OURS),
@@ -351,39 +440,56 @@ def missing(provider: Provider, at: Mapping[str, Decision], dtype: str = "") -> 
     return ""
 
 
-def explain(op: str, *, device: str, dtype: str, sizes: Sizes, at: Mapping[str, Decision]) -> list[Answer]:
+def explain(
+    op: str, *, device: str, dtype: str, sizes: Sizes, at: Mapping[str, Decision], activation: str = "gelu"
+) -> list[Answer]:
     """Each provider of the op: at most one of each runtime runs the call.
 
     Args:
         op, device, dtype: keys of PROVIDERS, and values of DEVICES and DTYPES.
         sizes: by the names of the op's dims.
         at: what is there; `here()` for this machine.
+        activation: of linear_activation.
     """
+    gpu = at["NVIDIA GPU"]
+    call = Call(
+        op=op,
+        dtype=dtype,
+        sizes=sizes,
+        activation=activation if op == "linear_activation" else "",
+        gpu=gpu.detail if isinstance(gpu, Applied) else "",
+        hopper=isinstance(at["compute capability 9.0"], Applied),
+    )
+    known = call.measured() if device == "cuda" else None
     answers, taken = [], dict[str, str]()
     for provider in PROVIDERS[op].providers:
-        why = _refusal(provider, device, dtype, sizes, at)
+        why = _refusal(provider, device, call, at)
         if not why and provider.runtime in taken:
             why = f"{taken[provider.runtime]} takes the call first"
         runs = not why
         if runs:
             taken[provider.runtime] = provider.name
-        answers.append(Answer(provider=provider, runs=runs, why=why or provider.when))
+        is_measured = runs and known is not None and known.provider == provider.name
+        answers.append(
+            Answer(provider=provider, runs=runs, why=(known.told if known and is_measured else why) or provider.when)
+        )
     return answers
 
 
-def _refusal(provider: Provider, device: str, dtype: str, sizes: Sizes, at: Mapping[str, Decision]) -> str:
+def _refusal(provider: Provider, device: str, call: Call, at: Mapping[str, Decision]) -> str:
     if provider.device != device:
         return f"it is for {provider.device}"
-    if dtype not in provider.dtypes:
+    if call.dtype not in provider.dtypes:
         return f"it takes {', '.join(provider.dtypes)}"
-    return missing(provider, at, dtype) or provider.refuses(sizes)
+    return missing(provider, at, call.dtype) or provider.refuses(call.sizes) or provider.refuses_call(call)
 
 
 def chosen(op: str, arguments: tuple[Any, ...], *, runtime: str, device: str, dtype: str) -> str:
     """The name of the provider that runs a call here; empty where none does. `arguments`: of the op's torch schema."""
     dims = PROVIDERS[op].dims
     sizes = dict(zip(dims.names, dims.of(*arguments), strict=True))
-    answers = explain(op, device=device, dtype=dtype, sizes=sizes, at=here())
+    activation = arguments[3] if op == "linear_activation" else ""
+    answers = explain(op, device=device, dtype=dtype, sizes=sizes, at=here(), activation=activation)
     return next((a.provider.name for a in answers if a.runs and a.provider.runtime == runtime), "")
 
 

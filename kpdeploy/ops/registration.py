@@ -24,9 +24,10 @@ def register() -> Applied | Skipped:
     """
     import torch
 
-    from kpdeploy.ops import OPS
+    from kpdeploy.ops import GPU_OPS, OPS
     from kpdeploy.ops.libraries import load_torch
 
+    ops = [*OPS.values(), *GPU_OPS.values()]
     if all(_known(op) for op in OPS.values()):
         decision: Applied | Skipped = Applied(what="kernels", detail="a library in this process holds them already")
     else:
@@ -34,8 +35,8 @@ def register() -> Applied | Skipped:
     if not all(_known(op) for op in OPS.values()):
         if isinstance(decision, Applied):
             decision = Skipped(what=decision.what, reason=f"{decision.detail} did not register its ops")
-        _register_references(list(OPS.values()))
-    for op in OPS.values():
+        _register_references(ops)
+    for op in filter(_known, ops):  # a library of an older bundle may lack some
         torch.library.register_fake(op.qualified, _on_one_device(op))
     return decision
 

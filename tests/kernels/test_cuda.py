@@ -7,6 +7,7 @@ they found on a real one.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import subprocess
@@ -18,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from kpdeploy.ops import OPS, Op, calls
+from kpdeploy.ops import GPU_OPS, OPS, Op, calls, measured
 from kpdeploy.ops.cases import Arguments, Case, cases_of, error, to_dtype, tolerance
+from kpdeploy.ops.linear_activation import ACTIVATIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVIDER = "CUDAExecutionProvider"
@@ -115,6 +117,89 @@ OWN = {
     "add_layer_norm": functools.partial(_norms, True, True),
     "add_rms_norm": functools.partial(_norms, True, False),
 }
+
+
+HOPPER_SHAPES = ((1, 72, 40), (2, 200, 88), (13, 528, 136), (60, 336, 80), (130, 144, 272), (700, 1040, 1312),
+                 (4096, 1024, 4096), (9, 4096, 8192))  # fmt: skip
+"""Rows, inputs, outputs, in multiples of 16 bytes: every kernel for compute capability 9.0, tails and many tiles."""
+
+
+@pytest.fixture
+def hopper(gpu: None) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("NOT RUN: the kernels for compute capability 9.0: this GPU has another one")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+def test_products_for_hopper_give_the_reference(shape: tuple[int, int, int], dtype: str, hopper: None) -> None:
+    rows, k, n = shape
+    x, w, g, b = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n, k) / k**0.5, torch.randn(n)
+    cases: list[tuple[str, Arguments]] = [("gated_linear", (x, g, w))]
+    cases += [("linear_activation", (x, w, b, activation)) for activation in ACTIVATIONS]
+    for name, plain in cases:
+        arguments = to_dtype(plain, DTYPES[dtype])
+        found = worst(through_torch(OPS[name], arguments), expected(OPS[name], arguments))
+        assert found <= tolerance("kpdeploy", dtype, ""), (name, arguments[-1] if name == "linear_activation" else "")
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "quantized"])
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "row scales"])
+@pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
+def test_products_of_8_bit_floats_give_the_reference(
+    shape: tuple[int, int, int], each: bool, quantized: bool, hopper: None
+) -> None:
+    rows, k, n = (-(-size // 16) * 16 if index else size for index, size in enumerate(shape))
+    op, kind = GPU_OPS["fp8_linear_activation"], torch.float8_e4m3fn
+    x, w = torch.randn(rows, k).to(kind), (torch.randn(n, k) * 9).to(kind)
+    x_scale = torch.rand(rows, 1) + 0.1 if each else torch.tensor(0.5)
+    weight_scale = (torch.rand(n) + 0.1 if each else torch.tensor([0.7])) / k**0.5 / 9
+    bias, out_scale = torch.randn(n).bfloat16(), torch.tensor(0.05)
+    for activation in ("none", "gelu", "relu"):
+        arguments = (x, w, x_scale, weight_scale, bias, out_scale if quantized else None, activation)
+        (out,) = through_torch(op, arguments)
+        given = on_gpu((x, w, x_scale, weight_scale, bias, None, activation))
+        product = (given[0].double() * given[2]) @ (given[1].double() * given[3].double().reshape(-1, 1)).T
+        ref = OPS["linear_activation"].reference(product, torch.eye(n).cuda(), given[4].double(), activation).cpu()
+        assert out.dtype == (kind if quantized else torch.bfloat16)
+        assert error(out.double() * (0.05 if quantized else 1), ref) <= (4e-2 if quantized else 4e-3), activation
+
+
+def test_8_bit_floats_that_cannot_be_copied_are_one_clear_error(hopper: None) -> None:
+    x, w = (torch.ones(shape, device="cuda").to(torch.float8_e4m3fn) for shape in ((4, 24), (32, 24)))
+    one = torch.ones(1, device="cuda")
+    with pytest.raises(RuntimeError, match="a multiple of 16 bytes"):
+        torch.ops.kpdeploy.fp8_linear_activation(x, w, one, one, None, None, "none")
+    with pytest.raises(RuntimeError, match=r"x_scale is \[3\]: one element, or 4, fit"):
+        torch.ops.kpdeploy.fp8_linear_activation(x, w, one.expand(3).clone(), one, None, None, "none")
+
+
+@pytest.mark.parametrize("provider", ["kpdeploy", "cublaslt"])
+def test_either_provider_of_a_product_gives_the_reference(provider: str, gpu: None, torch_library: str) -> None:
+    """Chosen by a row for this GPU, handed to the library as an artifact's would be."""
+    choose = ctypes.CDLL(torch_library).kpdeploy_use_gpu_providers
+    choose.argtypes = (ctypes.c_char_p,)
+    head = measured.TABLE.read_text().splitlines()[0]
+    try:
+        for dtype in DTYPES:
+            for activation in ("none", "relu", "gelu_tanh"):
+                cells = (torch.cuda.get_device_name(), "linear_activation", dtype, activation, 96, 128, 160, provider)
+                assert choose("\n".join((head, "\t".join(map(str, cells)), "")).encode()) == 0
+                x, w, b = torch.randn(96, 128), torch.randn(160, 128) / 11, torch.randn(160)
+                arguments = to_dtype((x, w, b, activation), DTYPES[dtype])
+                found = worst(
+                    through_torch(OPS["linear_activation"], arguments), expected(OPS["linear_activation"], arguments)
+                )
+                assert found <= tolerance("kpdeploy", dtype, ""), (dtype, activation)
+        assert choose(b"no table\nof ours\n") != 0
+    finally:
+        assert choose(None) == 0
+
+
+def test_8_bit_floats_on_a_cpu_are_one_clear_error(registered: None) -> None:
+    x, w, one = torch.ones(4, 16).to(torch.float8_e4m3fn), torch.ones(32, 16).to(torch.float8_e4m3fn), torch.ones(1)
+    with pytest.raises(RuntimeError, match="x is on the CPU, and this op has kernels for GPUs"):
+        torch.ops.kpdeploy.fp8_linear_activation(x, w, one, one, None, None, "gelu")
 
 
 def tuple_of(value: Any) -> tuple[torch.Tensor, ...]:

@@ -35,6 +35,9 @@ struct CudaLinear {
   int64_t rows, n, k;
   int activation;
   bool gated;
+  // Only where x and weight are of 8 bits: the scale of each, one or one a row; null out_scale: out is bfloat16.
+  const float *x_scale, *weight_scale, *out_scale;
+  bool x_scale_rows, weight_scale_rows;
 };
 
 // [batch][row][heads * head_size], strides in elements.
@@ -56,6 +59,7 @@ struct CudaAttention {
 struct CudaKernels {
   void (*norm[3])(const CudaNorm&, void* stream);
   void (*linear[3])(const CudaLinear&, void* stream);
+  void (*fp8_linear)(const CudaLinear&, void* stream);
   void (*attention[3])(const CudaAttention&, void* stream);
 };
 

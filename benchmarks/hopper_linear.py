@@ -1,0 +1,325 @@
+"""Linears and norms on a GPU of compute capability 9.0 beside their strongest peers, in one run.
+
+    python benchmarks/hopper_linear.py --json benchmarks/results/hopper_linear_h100.json
+    python benchmarks/hopper_linear.py --measure kpdeploy/ops/gpu_measured.tsv   # who multiplies, for this GPU's rows
+
+Times are medians of replays of CUDA graphs, in microseconds a call; the replays of all that is compared take turns, so
+that none has the cooler chip, and calls rotate among sets of inputs that together exceed the second cache. Errors are
+‖out - ref‖ / ‖ref‖ against float64 on fresh random inputs, into outputs that held NaN. Floors: bytes over the measured
+rate of a device copy, operations over the measured rate of cuBLAS at 8192³.
+"""
+
+# ruff: noqa: B023 - each lambda is called in the turn of the loop that makes it
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from kpdeploy.decision import Applied, Skipped  # noqa: E402
+from kpdeploy.ops import GPU_OPS, OPS, calls, register  # noqa: E402
+from kpdeploy.ops.libraries import TORCH, find  # noqa: E402
+
+Row = dict[str, Any]
+Call = Callable[[], Any]
+BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
+L2_BYTES = 50 << 20
+COLUMNS = ["device", "op", "dtype", "activation", "rows", "inputs", "outputs", "provider"]
+COLUMNS += ["kpdeploy_us", "cublaslt_us", "separate_us"]
+
+
+class Library:
+    """The provider of products, forced or as measured."""
+
+    def __init__(self, path: Path) -> None:
+        self.set = ctypes.CDLL(str(path)).kpdeploy_use_gpu_providers
+        self.set.argtypes = (ctypes.c_char_p,)
+
+    def use(self, provider: str, **call: Any) -> None:
+        """For one product; "": what was built in."""
+        head = "\t".join(COLUMNS)
+        row = "\t".join(map(str, ({"device": torch.cuda.get_device_name()} | call | {"provider": provider}).values()))
+        text = f"{head}\n{row}\n".encode() if provider else None
+        assert self.set(text) == 0
+
+
+def new(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
+
+
+Graph = tuple[torch.cuda.CUDAGraph, int]
+
+
+def graph_of(run: Sequence[Call]) -> Graph:
+    """A graph of at least 20 calls, each input set in turn, and how many they are."""
+    rounds = -(-20 // len(run))
+    for one in run:
+        one()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for one in run:
+                one()
+    return graph, rounds * len(run)
+
+
+def compared(graphs: dict[str, Graph], replays: int = 15) -> dict[str, float]:
+    """Microseconds of one call by way."""
+    found: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(replays + 2):
+        for name, (graph, count) in graphs.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if turn > 1:
+                found[name].append(start.elapsed_time(end) * 1e3 / count)
+    return {name: round(statistics.median(times), 2) for name, times in found.items()}
+
+
+def error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    found = float((out.double() - ref).norm() / ref.norm())
+    return float(f"{found:.3g}") if found == found else float("inf")
+
+
+def poisoned(run: Call) -> torch.Tensor:
+    """The output of a call whose memory held NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with fill_uninitialized_memory, on by default
+    try:
+        out = run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def rates() -> Row:
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    b = torch.empty_like(a)
+    x, w, out = new(8192, 8192), new(8192, 8192), new(8192, 8192)
+    x8, w8, one = x.to(F8), w.to(F8), torch.ones(1, device="cuda")
+    times = compared(
+        {
+            "copy": graph_of([lambda: b.copy_(a)]),
+            "bf16": graph_of([lambda: torch.mm(x, w.t(), out=out)]),
+            "fp8": graph_of([lambda: torch._scaled_mm(x8, w8.t(), one, one, out_dtype=BF16, use_fast_accum=True)]),
+        },
+        replays=3,
+    )
+    operations = 2 * 8192**3
+    return {
+        "copy_gb_s": round(2 * a.numel() / times["copy"] / 1e3),
+        "bf16_tflop_s": round(operations / times["bf16"] / 1e6),
+        "fp8_tflop_s": round(operations / times["fp8"] / 1e6),
+    }
+
+
+def floor_us(measured: Row, bytes_moved: float, operations: float, dtype: str) -> float:
+    memory = bytes_moved / measured["copy_gb_s"] / 1e3
+    arithmetic = operations / measured[f"{dtype}_tflop_s"] / 1e6
+    return round(max(memory, arithmetic), 2)
+
+
+def sets_of(bytes_each: int) -> range:
+    return range(max(1, min(16, -(-3 * L2_BYTES // bytes_each))))
+
+
+SHAPES = ((4096, 1024, 4096), (1024, 768, 3072), (1, 1024, 4096), (16, 1024, 4096), (128, 1024, 4096))
+"""Rows, inputs, outputs."""
+
+
+def linears(library: Library, measured: Row) -> list[Row]:
+    rows: list[Row] = []
+    ops = torch.ops.kpdeploy
+    for m, k, n in SHAPES:
+        sets = sets_of(2 * (m * k + n * k + m * n))
+        xs, ws, b = [new(m, k) for _ in sets], [new(n, k) / k**0.5 for _ in sets], new(n)
+        floor = floor_us(measured, 2 * (m * k + n * k + m * n), 2 * m * n * k, "bf16")
+        for activation in ("gelu", "gelu_tanh"):
+            form = "tanh" if activation == "gelu_tanh" else "none"
+            call = {"op": "linear_activation", "dtype": "bfloat16", "activation": activation}
+            call |= {"rows": m, "inputs": k, "outputs": n}
+            ours = [lambda i=i: ops.linear_activation(xs[i], ws[i], b, activation) for i in sets]
+            separate = [lambda i=i: functional.gelu(functional.linear(xs[i], ws[i], b), approximate=form) for i in sets]
+            theirs = [lambda i=i: torch._addmm_activation(b, xs[i], ws[i].t(), use_gelu=True) for i in sets]
+            row: Row = call | {"floor_us": floor, "us": {}, "error": {}}
+            (ref,) = calls.reference(OPS["linear_activation"], (xs[0], ws[0], b, activation))
+            row["error"]["separate"] = error(separate[0](), ref)
+            graphs = {"separate": graph_of(separate), "cublaslt_epilogue_tanh": graph_of(theirs)}
+            for provider in ("kpdeploy", "cublaslt") if form == "tanh" else ("kpdeploy",):
+                library.use(provider, **call)
+                row["error"][provider] = error(poisoned(ours[0]), ref)
+                graphs[provider] = graph_of(ours)
+            library.use("")
+            graphs["chosen"] = graph_of(ours)
+            row["us"] = compared(graphs)
+            rows.append(row)
+            print(row, flush=True)
+    for m, k, n in ((4096, 1024, 4096), (1, 1024, 4096), (16, 1024, 4096)):
+        sets = sets_of(2 * (m * k + 2 * n * k + m * n))
+        xs, ws, gs = ([new(*s) / s[1] ** 0.5 for _ in sets] for s in ((m, k), (n, k), (n, k)))
+        xs = [x * k**0.5 for x in xs]
+        ours = [lambda i=i: ops.gated_linear(xs[i], gs[i], ws[i]) for i in sets]
+        separate = [
+            lambda i=i: functional.silu(functional.linear(xs[i], gs[i])) * functional.linear(xs[i], ws[i]) for i in sets
+        ]
+        row = {"op": "gated_linear", "dtype": "bfloat16", "rows": m, "inputs": k, "outputs": n}
+        row["floor_us"] = floor_us(measured, 2 * (m * k + 2 * n * k + m * n), 4 * m * n * k, "bf16")
+        row["us"] = compared({"kpdeploy": graph_of(ours), "separate": graph_of(separate)})
+        (ref,) = calls.reference(OPS["gated_linear"], (xs[0], gs[0], ws[0]))
+        row["error"] = {"kpdeploy": error(poisoned(ours[0]), ref), "separate": error(separate[0](), ref)}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def fp8_linears(measured: Row) -> list[Row]:
+    rows: list[Row] = []
+    ops = torch.ops.kpdeploy
+    one = torch.ones(1, device="cuda")
+    for m, k, n in ((4096, 1024, 4096), (8192, 4096, 16384), (16, 1024, 4096)):
+        sets = sets_of(m * k + n * k + 2 * m * n)
+        xs, ws, b = [new(m, k) for _ in sets], [new(n, k) / k**0.5 for _ in sets], new(n)
+        x8, w8 = [x.to(F8) for x in xs], [w.to(F8) for w in ws]
+        each, every = torch.rand(m, 1, device="cuda") + 0.5, torch.rand(n, device="cuda") + 0.5
+        arguments = {
+            "kpdeploy": lambda i: (x8[i], w8[i], one, one, b, None, "gelu"),
+            "kpdeploy_row_scales": lambda i: (x8[i], w8[i], each, every, b, None, "gelu"),
+            "kpdeploy_fp8_out": lambda i: (x8[i], w8[i], one, one, b, one, "gelu"),
+        }
+        ways: dict[str, Sequence[Call]] = {
+            name: [lambda i=i, of=of: ops.fp8_linear_activation(*of(i)) for i in sets] for name, of in arguments.items()
+        }
+        ways["separate_bf16"] = [lambda i=i: functional.gelu(functional.linear(xs[i], ws[i], b)) for i in sets]
+        ways["scaled_mm_then_gelu"] = [
+            lambda i=i: functional.gelu(
+                torch._scaled_mm(x8[i], w8[i].t(), one, one, bias=b, out_dtype=BF16, use_fast_accum=True)
+            )
+            for i in sets
+        ]
+        row: Row = {"op": "fp8_linear_activation", "activation": "gelu", "rows": m, "inputs": k, "outputs": n}
+        row["floor_us"] = floor_us(measured, m * k + n * k + 2 * m * n, 2 * m * n * k, "fp8")
+        row["us"] = compared({name: graph_of(run) for name, run in ways.items()}, replays=15 if m < 8192 else 5)
+        row["error"] = {}
+        for name, of in arguments.items():
+            out = poisoned(ways[name][0])
+            given = (*of(0)[:5], None, "gelu")  # the unrounded result
+            wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in given)
+            ref = functional.gelu(functional.linear(wide[0] * wide[2], wide[1] * wide[3].reshape(-1, 1), wide[4]))
+            row["error"][name] = error(out, ref)
+            del ref, wide
+        rows.append(row)
+        print(row, flush=True)
+    assert "fp8_linear_activation" in GPU_OPS
+    return rows
+
+
+def norms(measured: Row) -> list[Row]:
+    rows: list[Row] = []
+    ops = torch.ops.kpdeploy
+    for m, n in ((4096, 1024), (16384, 4096)):
+        sets = sets_of(2 * 4 * m * n)
+        xs, rs, w, b = [new(m, n) for _ in sets], [new(m, n) for _ in sets], new(n), new(n)
+        both = {
+            "add_layer_norm": (
+                [lambda i=i: ops.add_layer_norm(xs[i], rs[i], w, b, 1e-5) for i in sets],
+                [lambda i=i: functional.layer_norm(xs[i] + rs[i], (n,), w, b) for i in sets],
+                (xs[0], rs[0], w, b, 1e-5),
+            ),
+            "add_rms_norm": (
+                [lambda i=i: ops.add_rms_norm(xs[i], rs[i], w, 1e-6) for i in sets],
+                [lambda i=i: functional.rms_norm(xs[i] + rs[i], (n,), w, 1e-6) for i in sets],
+                (xs[0], rs[0], w, 1e-6),
+            ),
+        }
+        source = [torch.stack((x, r)) for x, r in zip(xs, rs, strict=True)]
+        target = [torch.empty_like(s) for s in source]
+        copies = [lambda i=i: target[i].copy_(source[i]) for i in sets]
+        for op, (ours, theirs, arguments) in both.items():
+            row: Row = {"op": op, "dtype": "bfloat16", "rows": m, "width": n}
+            row["floor_us"] = floor_us(measured, 8 * m * n, 0, "bf16")
+            run_by = {"kpdeploy": ours, "torch": theirs, "copy_of_as_many_bytes": copies}
+            row["us"] = compared({name: graph_of(run) for name, run in run_by.items()})
+            row["gb_s"] = {name: round(8 * m * n / us / 1e3) for name, us in row["us"].items() if name != "torch"}
+            ref = calls.reference(OPS[op], arguments)[0]
+            row["error"] = {"kpdeploy": error(poisoned(ours[0]), ref), "torch": error(theirs[0](), ref)}
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def measured_rows(found: list[Row]) -> str:
+    """The table of who multiplies: the fastest that computes the op, by row of `linears`."""
+    lines = ["\t".join(COLUMNS)]
+    for row in found:
+        if row["op"] != "linear_activation":
+            continue
+        us = row["us"]
+        theirs = us.get("cublaslt", "")
+        provider = "cublaslt" if theirs and theirs < us["kpdeploy"] else "kpdeploy"
+        cells = [torch.cuda.get_device_name(), *(row[name] for name in COLUMNS[1:7])]
+        lines.append("\t".join(map(str, (*cells, provider, us["kpdeploy"], theirs or "-", us["separate"]))))
+    return "\n".join(lines) + "\n"
+
+
+def written(path: Path, report: Row) -> None:
+    """JSON with one row a line."""
+    parts = []
+    for key, value in report.items():
+        if isinstance(value, list):
+            rows = ",\n".join("  " + json.dumps(row) for row in value)
+            parts.append(f' "{key}": [\n{rows}\n ]')
+        else:
+            parts.append(f' "{key}": {json.dumps(value)}')
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--measure", type=Path, metavar="TSV", help="write who was faster, for kpdeploy/ops")
+    parser.add_argument("--only", choices=("linears", "fp8", "norms"), help="one part")
+    options = parser.parse_args()
+    decision, path = register(), find(TORCH)
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        sys.exit("NOT RUN: this needs a GPU of compute capability 9.0 (H100, H200), and a torch that sees it")
+    if not isinstance(decision, Applied) or isinstance(path, Skipped):
+        sys.exit(f"NOT RUN: {decision}")
+    torch.manual_seed(0)
+    report: Row = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "rates": rates(),
+    }
+    print(report, flush=True)
+    if options.only in (None, "linears"):
+        report["linears"] = linears(Library(path), report["rates"])
+    if options.only in (None, "fp8"):
+        report["fp8"] = fp8_linears(report["rates"])
+    if options.only in (None, "norms"):
+        report["norms"] = norms(report["rates"])
+    if options.measure:
+        options.measure.write_text(measured_rows(report["linears"]))
+    if options.json:
+        written(options.json, report)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,163 @@
+// What kernels for compute capability 9.0 share: barriers in shared memory, the copy engine, clusters.
+//
+// PTX ISA: "mbarrier", "cp.async.bulk.tensor", "barrier.cluster".
+#pragma once
+
+#include <cuda.h>
+
+#include "device.cuh"
+
+namespace kpdeploy {
+
+// A barrier counts arrivals and bytes; its phases alternate in parity, 0 first.
+__device__ inline void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// After all barrier_init of a thread, before others use them.
+__device__ inline void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
+
+__device__ inline void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// At the barrier that lies at the same address in block `rank` of the cluster.
+__device__ inline void arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+
+__device__ inline void arrive_expecting(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Until the phase of this parity is over.
+__device__ inline void wait_for(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "KPDEPLOY_AGAIN_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+      "@!over bra KPDEPLOY_AGAIN_%=;\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// The box of a tensor that starts at (column, row), to shared memory; its bytes arrive at the barrier.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];\n" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same to the blocks of the cluster whose bits are in `ranks`, at the same addresses.
+__device__ inline void copy_box_to(uint32_t to, const CUtensorMap& map, int column, int row, uint32_t barrier,
+                                   uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%2, %3}], [%4], %5;\n" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
+      : "memory");
+}
+
+// Back: what lies outside of the tensor is left out. What the thread's warp stored must be fenced first: see
+// fence_stores. Then commit_boxes.
+__device__ inline void store_box(const CUtensorMap& map, uint32_t from, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n" ::"l"(&map), "r"(column),
+               "r"(row), "r"(from)
+               : "memory");
+}
+
+__device__ inline void commit_boxes() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+
+// Until at most `pending` committed groups of this thread still read shared memory.
+template <int pending>
+__device__ inline void wait_boxes_read() { asm volatile("cp.async.bulk.wait_group.read %0;\n" ::"n"(pending) : "memory"); }
+
+// Makes this thread's ordinary stores to shared memory visible to the copy engine and the tensor cores.
+__device__ inline void fence_stores() { asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory"); }
+
+// Registers of each thread of this warpgroup from here on: they move from warpgroups that need few.
+template <int count>
+__device__ inline void registers_up() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(count)); }
+template <int count>
+__device__ inline void registers_down() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(count)); }
+
+__device__ inline int cluster_rank() {
+  int rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;\n" : "=r"(rank));
+  return rank;
+}
+
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;\n" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;\n" ::: "memory"); }
+
+// `threads` of the block, whole warps; ids from 1 on.
+__device__ inline void group_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Four floats to shared memory of block `rank` of the cluster; 16 bytes arrive at the barrier there. Both addresses are
+// those of this block's.
+__device__ inline void send(uint32_t to, uint32_t barrier, int rank, float a, float b, float c, float d) {
+  asm volatile(
+      "{\n.reg .b32 there, at;\n"
+      "mapa.shared::cluster.u32 there, %0, %2;\n"
+      "mapa.shared::cluster.u32 at, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [at];\n}\n" ::"r"(to),
+      "r"(barrier), "r"(rank), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
+}
+
+// A kernel of launch_clusters may begin while the one before it in the stream runs: to be called before memory that
+// another kernel may have written, or may still read, is touched.
+__device__ inline void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
+__device__ inline void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
+
+// To the second cache, where a later write still finds it: allowed before wait_for_earlier_kernels.
+__device__ inline void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line) : "memory"); }
+__device__ inline void prefetch_box(const CUtensorMap& map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];\n" ::"l"(&map), "r"(column), "r"(row)
+               : "memory");
+}
+
+__device__ inline void prefetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
+__device__ inline void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
+// Host side: a matrix [rows][columns] whose rows are `stride` bytes apart (a multiple of 16, as its address), for boxes
+// of box_rows x 128 bytes, swizzled by 128 bytes; what lies outside reads as 0.
+CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int item_bytes, int64_t rows, int64_t columns,
+                       int64_t stride, int box_rows);
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
+                     void* stream, const Arguments&... arguments) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+}  // namespace kpdeploy

@@ -1,0 +1,810 @@
+// linear_activation and gated_linear on compute capability 9.0: the copy engine fills stages of shared memory, two
+// warpgroups multiply on the tensor cores, bias and activation are applied to the sums in registers.
+//
+// Many rows: a persistent block makes tiles of 128 rows x kColumns; two blocks of a cluster take tiles below each other
+// and each loads half of the weight's rows for both. Of the block's two warpgroups (64 rows each) the first runs a few
+// stages ahead, so that one finishes its tile while the other one multiplies.
+// Few rows (up to 128): out^T = weight x^T, 64 rows of the weight to a block; the blocks of a cluster share out K, and
+// add their sums through each other's shared memory. The weight is read once.
+
+#include <math.h>
+
+#include <algorithm>
+
+#include "hopper.cuh"
+#include "hopper_linear.h"
+#include "wgmma.cuh"
+
+namespace kpdeploy {
+
+CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int item_bytes, int64_t rows, int64_t columns,
+                       int64_t stride, int box_rows) {
+  using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                          const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                          CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  // From the driver that is there: libcuda is not linked, so that the library loads without one.
+  static auto* const encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#else
+    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
+    if (result != cudaDriverEntryPointSuccess) refuse_unsupported("this NVIDIA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode*>(found);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / item_bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult result =
+      encode(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) refuse("the copy engine refuses a tensor (CUDA error %d)", static_cast<int>(result));
+  return map;
+}
+
+namespace {
+
+constexpr int kLine = 128;  // bytes of K in a stage
+constexpr int kTileRows = 128;
+constexpr int kGroups = 2, kConsumers = kGroups * 4;  // warpgroups that multiply, and their warps
+constexpr int kThreads = kGroups * 128 + 128;         // and a warpgroup, one thread of which loads
+constexpr int kShared = 227 << 10;
+
+template <class T>
+constexpr bool kIsF8 = std::is_same_v<T, f8>;
+
+// What becomes of a sum: scaled (8-bit x and weight only), biased, activated, scaled for an 8-bit out.
+struct Finish {
+  const void* bias;
+  const float *x_scale, *weight_scale, *out_scale;
+  int x_scale_step, weight_scale_step;  // 0: one for all
+  // v / (1 + 2^(v (c0 + c1 v^2 + ...))), or v / 2 (1 + tanh(v (half0 + half1 v^2 + ...))), v^2 up to `most` in the
+  // polynomials; else max(v, least).
+  bool smooth;
+  float c[5], half[3], most, least;
+};
+
+Finish finish_of(const CudaLinear& a) {
+  Finish f{};
+  f.bias = a.bias;
+  f.x_scale = a.x_scale;
+  f.weight_scale = a.weight_scale;
+  f.out_scale = a.out_scale;
+  f.x_scale_step = a.x_scale_rows;
+  f.weight_scale_step = a.weight_scale_rows;
+  f.least = a.activation == KPDEPLOY_RELU ? 0 : -INFINITY;
+  f.most = 1e4f;
+  const int activation = a.gated ? static_cast<int>(KPDEPLOY_SILU) : a.activation;
+  f.smooth = activation == KPDEPLOY_GELU || activation == KPDEPLOY_GELU_TANH || activation == KPDEPLOY_SILU;
+  // log(Phi(v) / Phi(-v)) / v in powers of v^2, fitted for v^2 <= 25: GELU by erf within 1e-5 of its value, or 3e-5.
+  static const float kErf[5] = {1.5955501f, 0.07317247f, -3.7566669e-4f, -3.9307416e-5f, 1.1411932e-6f};
+  static const float kShortErf[3] = {1.5951197f, 0.07393136f, -6.9194020e-4f};
+  static const float kTanh[5] = {1.59576912f, 0.07135481f, 0, 0, 0}, kSilu[5] = {1, 0, 0, 0, 0};
+  const bool by_erf = activation == KPDEPLOY_GELU;
+  const float* const c = by_erf ? kErf : activation == KPDEPLOY_GELU_TANH ? kTanh : kSilu;
+  if (by_erf) f.most = 25;
+  for (int i = 0; i < 5; ++i) f.c[i] = -1.44269504f * c[i];
+  for (int i = 0; i < 3; ++i) f.half[i] = 0.5f * (by_erf ? kShortErf : c)[i];
+  return f;
+}
+
+__device__ inline float exp2_of(float v) {
+  float e;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(e) : "f"(v));
+  return e;
+}
+
+__device__ inline float inverse_of(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(v));
+  return r;
+}
+
+__device__ inline float power_of(const Finish& f, float v) {
+  const float s = fminf(v * v, f.most);
+  const float p = fmaf(fmaf(fmaf(fmaf(f.c[4], s, f.c[3]), s, f.c[2]), s, f.c[1]), s, f.c[0]);
+  return exp2_of(fminf(v * p, 60));
+}
+
+__device__ inline float tanh_of(float v) {
+  float t;
+  asm("tanh.approx.f32 %0, %1;\n" : "=f"(t) : "f"(v));
+  return t;
+}
+
+// Two at once. Exact: within 1e-5, by one division for both, for float16; else by the GPU's own tanh, whose 2^-11 is a
+// quarter of what rounding to bfloat16 takes, in half the instructions.
+template <bool kSmooth, bool kExact>
+__device__ inline void activate(const Finish& f, float& a, float& b) {
+  if constexpr (!kSmooth) {
+    a = a < f.least ? f.least : a;
+    b = b < f.least ? f.least : b;
+  } else if constexpr (kExact) {
+    const float p = 1 + power_of(f, a), q = 1 + power_of(f, b), r = inverse_of(p * q);
+    a *= r * q;
+    b *= r * p;
+  } else {
+    const float s = fminf(a * a, f.most), t = fminf(b * b, f.most);
+    const float c = a * 0.5f, d = b * 0.5f;
+    a = fmaf(c, tanh_of(a * fmaf(fmaf(f.half[2], s, f.half[1]), s, f.half[0])), c);
+    b = fmaf(d, tanh_of(b * fmaf(fmaf(f.half[2], t, f.half[1]), t, f.half[0])), d);
+  }
+}
+
+template <class Out>
+constexpr bool kExact = std::is_same_v<Out, f16>;
+
+template <class Out>
+__device__ inline uint32_t packed(float a, float b) {
+  if constexpr (kIsF8<Out>)
+    return __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
+  else
+    return pack<Out>(a, b);
+}
+
+template <class T>
+__device__ inline float2 unpacked(uint32_t both) {
+  const auto v = *reinterpret_cast<const Vector<T, 2>*>(&both);
+  return {to_float(v.item[0]), to_float(v.item[1])};
+}
+
+template <class T>
+using BiasOf = std::conditional_t<kIsF8<T>, bf16, T>;
+
+struct Grid {
+  int rows, columns;  // of out
+  int steps;          // along K
+  int down, across;   // clusters' tiles
+};
+
+template <class T, class Out, int kColumns, bool kGated, int kCluster>
+struct Tile {
+  static constexpr int kOut = kGated ? kColumns / 2 : kColumns;
+  static constexpr int kBox = kColumns / (kGated && kCluster == 1 ? 2 : kCluster);  // rows of a weight in one load
+  static constexpr int kStage = (kTileRows + kColumns) * kLine;
+  static constexpr int kVectors = kOut * (kIsF8<T> ? 2 : 1);  // floats of a warpgroup: bias, scales of the weight
+  static constexpr int kPatch = 16 * kLine;                   // what a warp stores at once
+  static constexpr int kRoom = kShared - kGroups * kVectors * 4 - 256;
+  static constexpr int kPatches = kRoom >= 4 * kStage + 2 * kConsumers * kPatch ? 2 : 1;
+  static constexpr int kFit = (kRoom - kPatches * kConsumers * kPatch) / kStage, kStages = kFit < 8 ? kFit : 8;
+  static constexpr int kBytes = kStages * kStage + kPatches * kConsumers * kPatch + kGroups * kVectors * 4 + 256;
+  static_assert(kStages >= 3 && kBytes <= kShared);
+};
+
+// Where a cluster's tile starts. Clusters that run together share a band of rows, and with it what is in the second cache.
+__device__ inline int2 corner_of(const Grid& g, int tile, int cluster, int rank, int columns) {
+  constexpr int kBand = 8;
+  const int band = tile / (kBand * g.across), within = tile % (kBand * g.across);
+  const int height = min(kBand, g.down - band * kBand);
+  const int down = band * kBand + within % height;
+  return {(down * cluster + rank) * kTileRows, within / height * columns};
+}
+
+// Part `part` of a tile, 32 columns of a warp's 16 rows, which start at `at`: pair(block, half) gives two neighbours in a
+// row as `Out`. Lines of 128 bytes are gathered in shared memory; whole ones go out.
+template <class S, class Out, class Pair>
+__device__ inline void put(int part, const CUtensorMap& out, uint32_t patches, int2 at, const Pair& pair) {
+  constexpr int kParts = kLine / (32 * int{sizeof(Out)});  // of a line
+  const int lane = threadIdx.x % 32, line = part / kParts, in_line = part % kParts;
+  const uint32_t patch = patches + line % S::kPatches * S::kPatch;
+  if (in_line == 0) {
+    if (lane == 0) wait_boxes_read<S::kPatches - 1>();
+    __syncwarp();
+  }
+#pragma unroll
+  for (int j = 0; j < 4; j += 2) {
+    const int block = part * 4 + j;
+    if constexpr (kIsF8<Out>) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i % 2 * 8, chunk = in_line * 2 + j / 2;  // 16 columns in 16 bytes
+        const uint32_t to = patch + row * kLine + (chunk ^ row % 8) * 16 + i / 2 * 8 + lane % 4 * 2;
+        asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(to), "h"(static_cast<uint16_t>(pair(block + i / 2, i % 2)))
+                     : "memory");
+      }
+    } else {
+      const int row = lane % 16, chunk = in_line * 4 + j + lane / 16;
+      const uint32_t a = pair(block, 0), b = pair(block, 1), c = pair(block + 1, 0), d = pair(block + 1, 1);
+      store_matrices(patch + row * kLine + (chunk ^ row % 8) * 16, a, b, c, d);
+    }
+  }
+  if (in_line + 1 < kParts) return;
+  fence_stores();
+  __syncwarp();
+  if (lane == 0) {
+    store_box(out, patch, at.y + line * kLine / int{sizeof(Out)}, at.x);
+    commit_boxes();
+  }
+}
+
+template <class T, class Out, int kColumns, bool kGated, int kCluster>
+__global__ void __launch_bounds__(kThreads, 1)
+    multiply_tiles(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
+                   const __grid_constant__ CUtensorMap gate, const __grid_constant__ CUtensorMap out,
+                   const __grid_constant__ Finish f, const __grid_constant__ Grid g) {
+  using S = Tile<T, Out, kColumns, kGated, kCluster>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const uint32_t stages = shared_address(memory), patches = stages + S::kStages * S::kStage;
+  const uint32_t after = patches + S::kPatches * kConsumers * S::kPatch;
+  float* const vectors = reinterpret_cast<float*>(memory + (after - stages));
+  const uint32_t full = after + kGroups * S::kVectors * 4, empty = full + 8 * S::kStages;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = kCluster > 1 ? cluster_rank() : 0;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, kConsumers * kCluster);
+    }
+    barriers_ready();
+  }
+  if (threadIdx.x == kConsumers * 32) {
+    prefetch_map(x);
+    prefetch_map(weight);
+  }
+  if (kCluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+  wait_for_earlier_kernels();
+  let_next_kernel_begin();
+
+  const int tiles = g.down * g.across, first = blockIdx.x / kCluster, step = gridDim.x / kCluster;
+  int stage = 0, phase = 0;
+  const auto advance = [&] {
+    if (++stage == S::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+  if (warp >= kConsumers) {
+    registers_down<40>();
+    if (threadIdx.x == kConsumers * 32)
+      for (int tile = first; tile < tiles; tile += step) {
+        const int2 at = corner_of(g, tile, kCluster, rank, S::kOut);
+        for (int k = 0; k < g.steps; ++k, advance()) {
+          const uint32_t to = stages + stage * S::kStage, barrier = full + 8 * stage;
+          const int column = k * (kLine / int{sizeof(T)});
+          wait_for(empty + 8 * stage, phase ^ 1);
+          arrive_expecting(barrier, S::kStage);
+          copy_box(to, x, column, at.x, barrier);
+          const uint32_t weights = to + kTileRows * kLine;
+          if constexpr (kCluster > 1) {
+            const CUtensorMap& map = kGated && rank == 0 ? gate : weight;
+            copy_box_to(weights + rank * S::kBox * kLine, map, column, kGated ? at.y : at.y + rank * S::kBox, barrier,
+                        (1 << kCluster) - 1);
+          } else {
+            copy_box(weights, kGated ? gate : weight, column, at.y, barrier);
+            if (kGated) copy_box(weights + S::kBox * kLine, weight, column, at.y, barrier);
+          }
+        }
+      }
+  } else {
+    registers_up<232>();
+    const int group = warp / 4, in_group = threadIdx.x % 128;
+    float* const own = vectors + group * S::kVectors;
+    const uint32_t own_patches = patches + warp * S::kPatches * S::kPatch;
+    const auto release = [&](int which) {
+      if (lane < kCluster) {
+        if (kCluster > 1)
+          arrive_at(empty + 8 * which, lane);
+        else
+          arrive(empty + 8 * which);
+      }
+    };
+    const float out_scale = kIsF8<Out> ? 1 / *f.out_scale : 1;
+    // A tile's sums, rounded as a linear's output is, wait until the next tile is under way: what is left to do with them
+    // is done while the tensor cores work on that one.
+    constexpr int kParts = S::kOut / 32, kUp = kGated ? S::kOut / 8 : 0;
+    using Held = std::conditional_t<kIsF8<T>, bf16, T>;
+    uint32_t held[kColumns / 4] = {};
+    int2 held_at{};
+    bool holds = false;
+    const auto finished = [&](float a, float b, float c, float d) {  // of a gated pair: gates, then products
+      if (f.smooth)
+        activate<true, kExact<Out>>(f, a, b);
+      else
+        activate<false, false>(f, a, b);
+      if (kGated) {
+        a *= c;
+        b *= d;
+      }
+      return packed<Out>(a * out_scale, b * out_scale);
+    };
+    const auto of_held = [&](int block, int half) {
+      const float2 v = unpacked<Held>(held[block * 2 + half]);
+      const float2 u = kGated ? unpacked<Held>(held[(kUp + block) * 2 + half]) : v;
+      return finished(v.x, v.y, u.x, u.y);
+    };
+    for (int tile = first; tile < tiles; tile += step) {
+      const int2 at = corner_of(g, tile, kCluster, rank, S::kOut);
+      // Asked for now, needed when the sums are there.
+      float bias[(S::kOut + 127) / 128], scale[(S::kOut + 127) / 128], row_scales[2] = {1, 1};
+#pragma unroll
+      for (int i = 0; i < (S::kOut + 127) / 128; ++i) {
+        const int column = at.y + in_group + i * 128;
+        const bool there = column < g.columns;
+        bias[i] = !kGated && f.bias && there ? to_float(static_cast<const BiasOf<T>*>(f.bias)[column]) : 0;
+        if constexpr (kIsF8<T>) scale[i] = there ? f.weight_scale[column * f.weight_scale_step] : 0;
+      }
+      if constexpr (kIsF8<T>)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          row_scales[i] = f.x_scale[min(at.x + warp * 16 + lane / 4 + i * 8, g.rows - 1) * f.x_scale_step];
+
+      float sums[kColumns / 2];
+      int k = 0, before = 0;
+      const auto multiply = [&] {
+        const uint32_t from = stages + stage * S::kStage;
+        const uint64_t left = matrix_descriptor(from + group * 64 * kLine);
+        const uint64_t right = matrix_descriptor(from + kTileRows * kLine);
+        wait_for(full + 8 * stage, phase);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kLine / 32; ++i) wgmma<T, kColumns>(sums, left + 2 * i, right + 2 * i, k > 0 || i > 0);
+        wgmma_commit();
+        if (k > 0) {
+          wgmma_wait<1>();
+          release(before);
+        }
+        before = stage;
+        advance();
+        ++k;
+      };
+      if (holds) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          if (k < g.steps) multiply();
+          put<S, Out>(part, out, own_patches, held_at, of_held);
+        }
+      }
+      while (k < g.steps) multiply();
+      wgmma_wait<0>();
+      release(before);
+#pragma unroll
+      for (float& sum : sums) asm volatile("" : "+f"(sum)::"memory");
+
+#pragma unroll
+      for (int i = 0; i < (S::kOut + 127) / 128; ++i)
+        if (in_group + i * 128 < S::kOut) {
+          own[in_group + i * 128] = bias[i];
+          if constexpr (kIsF8<T>) own[S::kOut + in_group + i * 128] = scale[i];
+        }
+      group_sync(1 + group, 128);
+      // Two neighbours in a row, scaled and biased.
+      const auto of_sums = [&](int block, int half) {
+        float2 v{sums[block * 4 + half * 2], sums[block * 4 + half * 2 + 1]};
+        const int column = (kGated ? block % (S::kOut / 8) : block) * 8 + lane % 4 * 2;
+        if constexpr (kIsF8<T>) {
+          const float2 by = *reinterpret_cast<const float2*>(own + S::kOut + column);
+          v.x *= by.x * row_scales[half];
+          v.y *= by.y * row_scales[half];
+        }
+        if constexpr (!kGated) {
+          const float2 by = *reinterpret_cast<const float2*>(own + column);
+          v.x += by.x;
+          v.y += by.y;
+        }
+        return v;
+      };
+      held_at = {at.x + warp * 16, at.y};
+      holds = tile + step < tiles;
+      if (holds) {
+#pragma unroll
+        for (int i = 0; i < kColumns / 4; ++i) {
+          const float2 v = of_sums(i / 2, i % 2);
+          held[i] = pack<Held>(v.x, v.y);
+        }
+      } else {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          put<S, Out>(part, out, own_patches, held_at, [&](int block, int half) {
+            const float2 v = of_sums(block, half), u = kGated ? of_sums(kUp + block, half) : v;
+            return finished(v.x, v.y, u.x, u.y);
+          });
+      }
+      group_sync(1 + group, 128);  // all have read `own`
+    }
+    if (lane == 0) wait_boxes_read<0>();
+  }
+  if (kCluster > 1) {
+    __syncwarp();
+    cluster_arrive();  // what the other block sends here must find it
+    cluster_wait();
+  }
+}
+
+constexpr int kFewThreads = 128 + 32;
+
+template <class T, int kRows, bool kGated>
+struct Few {
+  static constexpr int kWeights = kGated ? 2 : 1;
+  static constexpr int kStage = (64 * kWeights + kRows) * kLine;
+  static constexpr int kPitch = 64 + 4;  // floats of one row of x in the sums: no bank meets two lanes
+  static constexpr int kSums = kRows * kPitch;
+  static constexpr int kSent = kWeights * kRows / 8 * 128 * 16;  // bytes that a block sends: four floats of each thread
+  static constexpr int kMostBlocks = kRows <= 32 ? 4 : 2;
+  static constexpr int kFit = (kShared - 256 - (kMostBlocks - 1) * kSent) / kStage;
+  static constexpr int kStages = kFit < (kRows <= 32 ? 10 : 8) ? kFit : (kRows <= 32 ? 10 : 8);
+  static constexpr int kBytes = kStages * kStage + (kMostBlocks - 1) * kSent + 256;
+  static_assert(kWeights * kSums * 4 <= kStages * kStage);
+};
+
+template <class T, class Out, int kRows, bool kGated>
+__global__ void __launch_bounds__(kFewThreads)
+    multiply_few_rows(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
+                      const __grid_constant__ CUtensorMap gate, Out* const out, const int64_t out_stride,
+                      const __grid_constant__ Finish f, const __grid_constant__ Grid g, const int blocks) {
+  using S = Few<T, kRows, kGated>;
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const uint32_t stages = shared_address(memory), received = stages + S::kStages * S::kStage;
+  const uint32_t full = received + (S::kMostBlocks - 1) * S::kSent, empty = full + 8 * S::kStages;
+  const uint32_t sent = empty + 8 * S::kStages;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blocks > 1 ? cluster_rank() : 0;
+  const int column = blockIdx.x / blocks * 64;
+  const int share = (g.steps + blocks - 1) / blocks, begin = rank * share, end = min(g.steps, begin + share);
+
+  if (threadIdx.x == 128) {
+    prefetch_map(weight);
+    prefetch_map(x);
+  }
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < S::kStages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, 4);
+    }
+    barrier_init(sent, 1);
+    barriers_ready();
+    arrive_expecting(sent, (blocks - 1) * S::kSent);
+  }
+  __syncthreads();
+  if (blocks > 1) cluster_arrive();  // this block is there, and takes what others send
+  let_next_kernel_begin();
+  if (threadIdx.x == 128)
+    for (int k = begin; k < end && k < begin + S::kStages; ++k) {
+      prefetch_box(weight, k * (kLine / int{sizeof(T)}), column);
+      if (kGated) prefetch_box(gate, k * (kLine / int{sizeof(T)}), column);
+    }
+  wait_for_earlier_kernels();
+  int stage = 0, phase = 0;
+  const auto advance = [&] {
+    if (++stage == S::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  };
+  if (warp == 4) {
+    if (lane == 0)
+      for (int k = begin; k < end; ++k, advance()) {
+        const uint32_t to = stages + stage * S::kStage, barrier = full + 8 * stage;
+        const int at = k * (kLine / int{sizeof(T)});
+        wait_for(empty + 8 * stage, phase ^ 1);
+        arrive_expecting(barrier, S::kStage);
+        copy_box(to, weight, at, column, barrier);
+        if (kGated) copy_box(to + 64 * kLine, gate, at, column, barrier);
+        copy_box(to + 64 * S::kWeights * kLine, x, at, 0, barrier);
+      }
+    __syncwarp();
+    if (blocks > 1) cluster_wait();
+    return;
+  }
+  float sums[S::kWeights][kRows / 2] = {};
+  for (int k = begin; k < end; ++k) {
+    const uint32_t from = stages + stage * S::kStage;
+    const uint64_t right = matrix_descriptor(from + 64 * S::kWeights * kLine);
+    wait_for(full + 8 * stage, phase);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kLine / 32; ++i)
+#pragma unroll
+      for (int w = 0; w < S::kWeights; ++w)
+        wgmma<T, kRows>(sums[w], matrix_descriptor(from + 64 * w * kLine) + 2 * i, right + 2 * i, 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (lane == 0) arrive(empty + 8 * stage);
+    advance();
+  }
+#pragma unroll
+  for (auto& part : sums)
+#pragma unroll
+    for (float& sum : part) asm volatile("" : "+f"(sum)::"memory");
+
+  if (blocks > 1) {
+    cluster_wait();
+    const uint32_t mine = received + threadIdx.x * 16;
+    if (rank > 0) {
+#pragma unroll
+      for (int w = 0; w < S::kWeights; ++w)
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j)
+          send(mine + (rank - 1) * S::kSent + (w * kRows / 8 + j) * 2048, sent, 0, sums[w][4 * j], sums[w][4 * j + 1],
+               sums[w][4 * j + 2], sums[w][4 * j + 3]);
+      return;
+    }
+    wait_for(sent, 0);
+    for (int r = 0; r < blocks - 1; ++r)
+#pragma unroll
+      for (int w = 0; w < S::kWeights; ++w)
+#pragma unroll
+        for (int j = 0; j < kRows / 8; ++j) {
+          const float4 part = *reinterpret_cast<const float4*>(memory + (mine - stages) + r * S::kSent +
+                                                               (w * kRows / 8 + j) * 2048);
+          sums[w][4 * j] += part.x;
+          sums[w][4 * j + 1] += part.y;
+          sums[w][4 * j + 2] += part.z;
+          sums[w][4 * j + 3] += part.w;
+        }
+  }
+
+  group_sync(1, 128);  // all stages have been read: the sums take their place, for whole rows to be stored
+  float* const own = reinterpret_cast<float*>(memory);
+#pragma unroll
+  for (int w = 0; w < S::kWeights; ++w)
+#pragma unroll
+    for (int j = 0; j < kRows / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        own[w * S::kSums + (j * 8 + lane % 4 * 2 + i % 2) * S::kPitch + warp * 16 + lane / 4 + i / 2 * 8] =
+            sums[w][j * 4 + i];
+  group_sync(1, 128);
+  for (int i = threadIdx.x; i < g.rows * 8; i += 128) {
+    const int row = i / 8, from = column + i % 8 * 8;
+    if (from >= g.columns) continue;
+    float v[S::kWeights][8];
+#pragma unroll
+    for (int w = 0; w < S::kWeights; ++w) load(own + w * S::kSums + row * S::kPitch + i % 8 * 8, v[w]);
+    const float row_scale = kIsF8<T> ? f.x_scale[row * f.x_scale_step] : 1;
+    const float out_scale = kIsF8<Out> ? 1 / *f.out_scale : 1;
+    const int there = min(8, g.columns - from);
+    uint32_t result[8 * sizeof(Out) / 4];
+#pragma unroll
+    for (int h = 0; h < 8; h += 2) {
+      const int first = min(from + h, g.columns - 1), second = min(from + h + 1, g.columns - 1);
+      float a = v[0][h], b = v[0][h + 1];
+      if constexpr (kIsF8<T>) {
+        a *= row_scale * f.weight_scale[first * f.weight_scale_step];
+        b *= row_scale * f.weight_scale[second * f.weight_scale_step];
+      }
+      if constexpr (kGated) {
+        float c = v[S::kWeights - 1][h], d = v[S::kWeights - 1][h + 1];
+        activate<true, kExact<Out>>(f, c, d);
+        a *= c;
+        b *= d;
+      } else {
+        if (f.bias) {
+          a += to_float(static_cast<const BiasOf<T>*>(f.bias)[first]);
+          b += to_float(static_cast<const BiasOf<T>*>(f.bias)[second]);
+        }
+        if (f.smooth)
+          activate<true, kExact<Out>>(f, a, b);
+        else
+          activate<false, false>(f, a, b);
+      }
+      const uint32_t both = packed<Out>(a * out_scale, b * out_scale);
+      if constexpr (kIsF8<Out>)
+        result[h / 4] = h % 4 ? result[h / 4] | both << 16 : both;
+      else
+        result[h / 2] = both;
+    }
+    Out* const to = out + row * out_stride + from;
+    if (there == 8) {
+      if constexpr (kIsF8<Out>)
+        *reinterpret_cast<uint2*>(to) = {result[0], result[1]};
+      else
+        *reinterpret_cast<uint4*>(to) = {result[0], result[1], result[2], result[3]};
+    } else {
+#pragma unroll
+      for (int h = 0; h < 8; ++h)
+        if (h < there) to[h] = reinterpret_cast<const Out*>(result)[h];
+    }
+  }
+}
+
+// One or two rows: a warp reads two rows of the weight (one and its gate's), four loads of each at a time.
+template <class T, int kRows, bool kGated>
+__global__ void __launch_bounds__(256) multiply_dots(const T* const x, const int64_t x_stride, const CudaMatrix weight,
+                                                     const CudaMatrix gate, T* const out, const int64_t out_stride,
+                                                     const __grid_constant__ Finish f, const int columns, const int k) {
+  constexpr int kAtOnce = 4, kItems = 8, kStep = 32 * kItems;
+  const int lane = threadIdx.x % 32, n = (blockIdx.x * 8 + threadIdx.x / 32) * (kGated ? 1 : 2);
+  let_next_kernel_begin();
+  if (n >= columns) return;
+  const T* const first = static_cast<const T*>(weight.data) + n * weight.stride;
+  const T* const second = kGated ? static_cast<const T*>(gate.data) + n * gate.stride
+                                 : (n + 1 < columns ? first + weight.stride : first);
+  for (int at = lane * 64; at < k; at += 32 * 64) {
+    prefetch(first + at);
+    prefetch(second + at);
+  }
+  wait_for_earlier_kernels();
+  float sums[kRows][2] = {};
+  const auto add = [&](int at, auto count) {  // `count` chunks, all asked for before the first is used
+    uint4 w[2][count.value], v[kRows][count.value];
+#pragma unroll
+    for (int i = 0; i < count.value; ++i) {
+      w[0][i] = __ldcs(reinterpret_cast<const uint4*>(first + at + i * kStep));
+      w[1][i] = __ldcs(reinterpret_cast<const uint4*>(second + at + i * kStep));
+    }
+#pragma unroll
+    for (int i = 0; i < count.value; ++i)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) v[r][i] = *reinterpret_cast<const uint4*>(x + r * x_stride + at + i * kStep);
+#pragma unroll
+    for (int i = 0; i < count.value; ++i)
+#pragma unroll
+      for (int j = 0; j < kItems; ++j)
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int s = 0; s < 2; ++s)
+            sums[r][s] = fmaf(to_float(reinterpret_cast<const T*>(&v[r][i])[j]),
+                              to_float(reinterpret_cast<const T*>(&w[s][i])[j]), sums[r][s]);
+  };
+  int at = lane * kItems;
+  for (; at + (kAtOnce - 1) * kStep < k; at += kAtOnce * kStep) add(at, std::integral_constant<int, kAtOnce>());
+  for (; at < k; at += kStep) add(at, std::integral_constant<int, 1>());
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    float a = lanes_sum<32>(sums[r][0]), b = lanes_sum<32>(sums[r][1]);
+    if (lane) continue;
+    T* const to = out + r * out_stride + n;
+    if constexpr (kGated) {
+      float c = 0;
+      activate<true, kExact<T>>(f, b, c);
+      to[0] = from_float<T>(a * b);
+    } else {
+      const bool two = n + 1 < columns;
+      if (f.bias) {
+        a += to_float(static_cast<const T*>(f.bias)[n]);
+        b += to_float(static_cast<const T*>(f.bias)[n + two]);
+      }
+      if (f.smooth)
+        activate<true, kExact<T>>(f, a, b);
+      else
+        activate<false, false>(f, a, b);
+      to[0] = from_float<T>(a);
+      if (two) to[1] = from_float<T>(b);
+    }
+  }
+}
+
+template <class T>
+constexpr CUtensorMapDataType kMapType = kIsF8<T>                  ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                                         : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+// Bytes between rows; any where there is one row at most.
+template <class T>
+int64_t pitch_of(const Walk& walk, int64_t columns) {
+  return walk.dims ? walk.strides[0] * int64_t{sizeof(T)} : (columns * int64_t{sizeof(T)} + 15) / 16 * 16;
+}
+
+template <class T>
+CUtensorMap map_of(const CudaMatrix& m, int64_t rows, int64_t k, int box) {
+  return tensor_map(m.data, kMapType<T>, sizeof(T), rows, k, m.stride * int64_t{sizeof(T)}, box);
+}
+
+int blocks_of(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
+
+template <class T, class Out, int kColumns, bool kGated, int kCluster>
+void run_tiles(const CudaLinear& a, int processors, void* stream) {
+  using S = Tile<T, Out, kColumns, kGated, kCluster>;
+  Grid g{};
+  g.rows = static_cast<int>(a.rows);
+  g.columns = static_cast<int>(a.n);
+  g.steps = blocks_of(a.k * sizeof(T), kLine);
+  g.down = blocks_of(a.rows, kTileRows * kCluster);
+  g.across = blocks_of(a.n, S::kOut);
+  const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kTileRows);
+  const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, S::kBox);
+  const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, S::kBox) : weight;
+  const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16);
+  const int clusters = std::min(g.down * g.across, processors / kCluster);
+  launch_clusters(multiply_tiles<T, Out, kColumns, kGated, kCluster>, clusters * kCluster, kCluster, kThreads, S::kBytes,
+                  stream, x, weight, gate, out, finish_of(a), g);
+}
+
+template <class T, class Out, int kRows, bool kGated>
+void run_few(const CudaLinear& a, int processors, void* stream) {
+  using S = Few<T, kRows, kGated>;
+  Grid g{};
+  g.rows = static_cast<int>(a.rows);
+  g.columns = static_cast<int>(a.n);
+  g.steps = blocks_of(a.k * sizeof(T), kLine);
+  const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kRows);
+  const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, 64);
+  const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, 64) : weight;
+  const int tiles = blocks_of(a.n, 64);
+  int blocks = 1;
+  while (blocks < S::kMostBlocks && tiles * blocks * 2 <= processors && g.steps >= blocks * 4) blocks *= 2;
+  launch_clusters(multiply_few_rows<T, Out, kRows, kGated>, tiles * blocks, blocks, kFewThreads, S::kBytes, stream, x,
+                  weight, gate, reinterpret_cast<Out*>(a.out.data), pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)},
+                  finish_of(a), g, blocks);
+}
+
+template <class T, int kRows, bool kGated>
+void run_dots(const CudaLinear& a, void* stream) {
+  launch_clusters(multiply_dots<T, kRows, kGated>, blocks_of(a.n, kGated ? 8 : 16), 1, 256, 0, stream,
+                  reinterpret_cast<const T*>(a.x.data), pitch_of<T>(a.x, a.k) / int64_t{sizeof(T)}, a.weight, a.gate,
+                  reinterpret_cast<T*>(a.out.data), pitch_of<T>(a.out, a.n) / int64_t{sizeof(T)}, finish_of(a),
+                  static_cast<int>(a.n), static_cast<int>(a.k));
+}
+
+// Whether the copy engine can: rows a multiple of 16 bytes apart, from an address that is one.
+bool boxes_fit(const void* data, int64_t stride_bytes, int64_t width_bytes) {
+  return aligned(data) && stride_bytes % 16 == 0 && stride_bytes >= width_bytes && stride_bytes < int64_t{1} << 40;
+}
+
+template <class T, class Out>
+bool fits(const CudaLinear& a) {
+  constexpr int64_t kItem = sizeof(T), kMost = INT32_MAX - 1024;
+  const auto matrix = [&](const CudaMatrix& m) { return !m.data || boxes_fit(m.data, m.stride * kItem, a.k * kItem); };
+  return a.k > 0 && a.rows < kMost && a.n < kMost && a.k < kMost && a.x.dims <= 1 && a.out.dims <= 1 &&
+         boxes_fit(a.x.data, pitch_of<T>(a.x, a.k), a.k * kItem) && matrix(a.weight) && matrix(a.gate) &&
+         boxes_fit(a.out.data, pitch_of<Out>(a.out, a.n), a.n * int64_t{sizeof(Out)});
+}
+
+// How long tiles of this many columns take, in columns: each wave its tile, and what is not hidden behind the next one.
+int64_t cost_of(const CudaLinear& a, int columns, int cluster, int processors) {
+  const int64_t tiles = int64_t{blocks_of(a.rows, kTileRows * cluster)} * blocks_of(a.n, columns);
+  const int64_t at_once = processors / cluster, waves = (tiles + at_once - 1) / at_once;
+  return waves * (columns + 16) + columns / 2;
+}
+
+template <class T, class Out>
+void run_widest(const CudaLinear& a, int processors, void* stream) {
+  const int64_t wide = cost_of(a, 256, 2, processors), narrow = cost_of(a, 128, 1, processors) * 5 / 4;
+  int64_t middle = INT64_MAX;
+  if constexpr (!kIsF8<Out>) middle = cost_of(a, 192, 2, processors) * 21 / 20;
+  if (wide <= middle && wide <= narrow) return run_tiles<T, Out, 256, false, 2>(a, processors, stream);
+  if constexpr (!kIsF8<Out>)
+    if (middle <= narrow) return run_tiles<T, Out, 192, false, 2>(a, processors, stream);
+  run_tiles<T, Out, 128, false, 1>(a, processors, stream);
+}
+
+}  // namespace
+
+template <class T>
+bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
+  if (!fits<T, T>(a)) return false;
+  if (a.gated) {
+    if (a.rows == 1)
+      run_dots<T, 1, true>(a, stream);
+    else if (a.rows <= 16)
+      run_few<T, T, 16, true>(a, processors, stream);
+    else if (a.rows <= 64)
+      run_few<T, T, 64, true>(a, processors, stream);
+    else
+      run_tiles<T, T, 256, true, 2>(a, processors, stream);
+  } else {
+    if (a.rows == 1)
+      run_dots<T, 1, false>(a, stream);
+    else if (a.rows <= 16)
+      run_few<T, T, 16, false>(a, processors, stream);
+    else if (a.rows <= 64)
+      run_few<T, T, 64, false>(a, processors, stream);
+    else
+      run_widest<T, T>(a, processors, stream);
+  }
+  return true;
+}
+
+template bool hopper_linear<bf16>(const CudaLinear&, int, void*);
+template bool hopper_linear<f16>(const CudaLinear&, int, void*);
+
+bool hopper_fp8_linear(const CudaLinear& a, int processors, void* stream) {
+  const bool quantized = a.out_scale != nullptr;
+  if (quantized ? !fits<f8, f8>(a) : !fits<f8, bf16>(a)) return false;
+  if (a.rows <= 16)
+    quantized ? run_few<f8, f8, 16, false>(a, processors, stream) : run_few<f8, bf16, 16, false>(a, processors, stream);
+  else
+    quantized ? run_widest<f8, f8>(a, processors, stream) : run_widest<f8, bf16>(a, processors, stream);
+  return true;
+}
+
+}  // namespace kpdeploy
