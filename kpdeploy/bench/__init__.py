@@ -16,10 +16,11 @@ from kpdeploy.bench.loops import closed, opened
 from kpdeploy.bench.report import BenchReport, Latencies, Row
 from kpdeploy.bench.requests import Recipe, from_repository, from_server
 from kpdeploy.bench.server import Served, ask
+from kpdeploy.bench.server import torchserve as on_torchserve
 from kpdeploy.bench.wire import WIRES, Wire
-from kpdeploy.errors import LoadFailed, UnknownName
+from kpdeploy.errors import InputsUnknown, LoadFailed, UnknownName
 from kpdeploy.progress import Progress
-from kpdeploy.serving.client import connect
+from kpdeploy.serving.client import committed_version, connect, connect_torchserve, is_torchserve
 
 __all__ = ["MODES", "PROTOCOLS", "BenchReport", "Latencies", "Row", "bench"]
 
@@ -46,6 +47,7 @@ def bench(
     protocol: str = "auto",
     shape: Mapping[str, int] | None = None,
     timeout_seconds: float = 10,
+    token: str = "",
     progress: Progress | None = None,
 ) -> BenchReport:
     """Load `model` at `url` with each of `clients` (closed loop) or of `rates` in requests/s (open loop).
@@ -69,16 +71,22 @@ def bench(
     _known(protocol, PROTOCOLS, "protocol")
     if url.startswith(("https://", "grpcs://")):
         raise UnknownName(f"{url}: the generator speaks no TLS", next_step="measure behind it: http:// or grpc://")
-    with connect(url, protocol=protocol, timeout_s=timeout_seconds) as client:
+    torchserve = protocol != "grpc" and is_torchserve(url, timeout_s=timeout_seconds)
+    known = _on_torchserve(url, model, repo, shape or {}) if torchserve else None
+    connected = connect_torchserve(url) if torchserve else connect(url, protocol=protocol, timeout_s=timeout_seconds)
+    with connected as client:
         address, spoken = client.address, client.protocol
     run: Run = {"closed": closed, "open": opened}[mode]
     levels: Sequence[float] = {"closed": clients, "open": rates}[mode]
     shown = progress or Progress()
 
     async def main() -> BenchReport:
-        served = await ask(address, protocol=spoken, model=model)
-        recipe = _recipe(served, model, repo, shape or {})
-        wire = WIRES[spoken](address, model, recipe.requests(POOL), timeout_seconds)
+        if known is not None:
+            served, recipe = known
+        else:
+            served = await ask(address, protocol=spoken, model=model)
+            recipe = _recipe(served, model, repo, shape or {})
+        wire = WIRES[spoken](address, model, recipe.requests(POOL), timeout_seconds, token=token)
         try:
             await _probe(wire, address, model)
             rows = [
@@ -120,6 +128,16 @@ def _recipe(served: Served, model: str, repo: str | Path | None, shape: Mapping[
     if repo is not None:
         return from_repository(Path(repo), model, served.version, shape)
     return from_server(served.metadata, max_batch_size=served.max_batch_size, shape=shape)
+
+
+def _on_torchserve(url: str, model: str, repo: str | Path | None, shape: Mapping[str, int]) -> tuple[Served, Recipe]:
+    if repo is None:
+        raise InputsUnknown(
+            f"the TorchServe at {url} does not tell what {model} takes",
+            next_step="give --repo with the repository that the model was exported to",
+        )
+    served = on_torchserve(committed_version(str(repo), model))
+    return served, from_repository(Path(repo), model, served.version, shape)
 
 
 async def _probe(wire: Wire, url: str, model: str) -> None:

@@ -63,7 +63,7 @@ def from_repository(repo: Path, model: str, version: str, shape: Mapping[str, in
         signature=manifest.signature,
         names=names,
         point=_point(manifest.signature, shape),
-        batches=manifest.max_batch_size > 0,
+        batches=manifest.max_batch_size > 0 and manifest.target == "triton",
     )
 
 

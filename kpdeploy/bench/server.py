@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 from tritonclient.utils import InferenceServerException
 
+from kpdeploy.artifact import Manifest
 from kpdeploy.errors import ModelNotServed, Unreachable
 
 ANSWER_SECONDS = 10.0
@@ -24,6 +25,13 @@ class Served:
     version: str
     metadata: Mapping[str, Any]
     max_batch_size: int
+
+
+def torchserve(manifest: Manifest) -> Served:
+    """A model on TorchServe, which tells nothing of its tensors: what the repository says of it."""
+    return Served(
+        server="TorchServe", version=str(manifest.version), metadata={}, max_batch_size=manifest.max_batch_size
+    )
 
 
 async def ask(url: str, *, protocol: str, model: str) -> Served:

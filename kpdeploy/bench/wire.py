@@ -5,7 +5,7 @@ Both wires have `send(index)`, which sends the request of that index and returns
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 from urllib.parse import quote
 
@@ -23,9 +23,11 @@ class Wire(Protocol):
 
 
 class GrpcWire:
-    """Unary gRPC over one channel (HTTP/2 multiplexes the requests). Answers are received whole and not parsed."""
+    """Unary gRPC over one channel (HTTP/2 multiplexes the requests). Answers are received whole and not parsed.
 
-    def __init__(self, url: str, model: str, requests: Requests, timeout_seconds: float) -> None:
+    `token` is not used: no server asks for one here."""
+
+    def __init__(self, url: str, model: str, requests: Requests, timeout_seconds: float, *, token: str = "") -> None:
         import grpc
 
         unlimited = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -63,12 +65,14 @@ def _grpc_body(model: str, tensors: Mapping[str, Array]) -> bytes:
 class HttpWire:
     """The v2 protocol over HTTP with binary tensors, a kept-alive connection for each request in flight."""
 
-    def __init__(self, url: str, model: str, requests: Requests, timeout_seconds: float) -> None:
+    def __init__(self, url: str, model: str, requests: Requests, timeout_seconds: float, *, token: str = "") -> None:
         import aiohttp
 
         self._failures = (aiohttp.ClientError, OSError)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=timeout_seconds)
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=timeout_seconds),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
         )
         self._address = f"http://{url}/v2/models/{quote(model)}/infer"
         self._bodies = [_http_body(tensors) for tensors in requests]
@@ -105,8 +109,9 @@ def _http_error(content: bytes) -> str:
     import json
 
     try:
-        return str(json.loads(content)["error"])
-    except (ValueError, KeyError, TypeError):
+        said = json.loads(content)
+        return str(said.get("error") or said["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return content[:200].decode(errors="replace")
 
 
@@ -120,4 +125,12 @@ def _reason(code: str, message: str) -> str:
     return f"{code}: {first[:200]}" if first else code
 
 
-WIRES: dict[str, Callable[[str, str, Requests, float], Wire]] = {"grpc": GrpcWire, "http": HttpWire}
+class MakeWire(Protocol):
+    """A wire to the model at an address; `token` is what a TorchServe asks for."""
+
+    def __call__(
+        self, url: str, model: str, requests: Requests, timeout_seconds: float, *, token: str = ""
+    ) -> Wire: ...
+
+
+WIRES: dict[str, MakeWire] = {"grpc": GrpcWire, "http": HttpWire}

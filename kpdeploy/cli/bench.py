@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from kpdeploy.cli.token import inference_token, token_file_option
+
 if TYPE_CHECKING:
     from kpdeploy.bench import BenchReport
 
@@ -96,11 +98,12 @@ def _shape(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, 
     help="Sizes of dynamic axes, such as batch=1,seq=32. Default: batch 1, and half of each range, at most 128.",
 )
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the result (.png, .svg or .pdf).")
+@token_file_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     url: str, model: str, repo: Path | None, mode: str, clients: tuple[int, ...], rate: tuple[float, ...],
     seconds: float, warmup_seconds: float, timeout_seconds: float, protocol: str, shape: dict[str, int],
-    plot: Path | None, as_json: bool,
+    plot: Path | None, token_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure latency and throughput of a model on a running server.
 
@@ -134,6 +137,7 @@ def command(
         protocol=protocol,
         shape=shape,
         timeout_seconds=timeout_seconds,
+        token=inference_token(token_file),
         progress=console.progress(json_output=as_json),
     )
     _remember(report)
@@ -147,7 +151,7 @@ def command(
     _show(report)
     if plot is not None:
         console.err.print(f"drawn: {plot}")
-    _suggest(report, repo)
+    _suggest(report, repo, token_file)
 
 
 def _remember(report: BenchReport) -> None:
@@ -201,12 +205,13 @@ def _show(report: BenchReport) -> None:
         console.err.print(f"note: {note}", markup=False)
 
 
-def _suggest(report: BenchReport, repo: Path | None) -> None:
+def _suggest(report: BenchReport, repo: Path | None, token_file: Path | None) -> None:
     from kpdeploy.cli import console
 
     best = max(row.throughput for row in report.rows)
     start = f"kpdeploy bench {report.url} --model {report.model} --protocol {report.protocol}"
     start += f" --repo {repo}" if repo else ""
+    start += f" --token-file {token_file}" if token_file else ""
     if report.mode == "closed":
         # Half, four fifths and all of what the closed loop reached: where the latency of an open loop turns up.
         rates = ",".join(f"{float(f'{best * share:.2g}'):g}" for share in (0.5, 0.8, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,28 @@ def connect_torchserve(url: str, *, token: str = "", timeout_s: float = 30.0) ->
     if scheme not in ("", "http"):
         raise UnknownName(f"{url}: TorchServe is asked by plain HTTP", next_step="give host:port of its inference port")
     return TorchServeClient(rest.rstrip("/"), token=token, timeout_s=timeout_s)
+
+
+def is_torchserve(url: str, *, timeout_s: float = 5.0) -> bool:
+    """Whether a TorchServe's inference port answers at `url`, by what only it says to a ping."""
+    asked = http.client.HTTPConnection(url.rpartition("://")[2].rstrip("/"), timeout=min(timeout_s, 5.0))
+    try:
+        asked.request("GET", "/ping")
+        said = json.loads(asked.getresponse().read() or b"null")
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+    finally:
+        asked.close()
+    return isinstance(said, dict) and (said.get("type") == "InvalidKeyException" or "status" in said)
+
+
+def committed_version(repo: str, model: str) -> Manifest:
+    """The manifest of the version that a repository serves.
+
+    Raises:
+        RepositoryBroken, UnknownName: the repository cannot be read, or holds no such model.
+    """
+    return find_deployment(repo, model).manifest
 
 
 def _protocol_of(host: str, port: int, timeout_s: float) -> str:
