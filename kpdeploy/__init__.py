@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kpdeploy.errors import KpdeployError as KpdeployError
     from kpdeploy.load import load_model as load_model
     from kpdeploy.pipeline import export as export
+    from kpdeploy.pipeline import migrate as migrate
     from kpdeploy.serving import serve as serve
     from kpdeploy.serving import verify as verify
     from kpdeploy.signature import Axis as Axis
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "export": "kpdeploy.pipeline",
+    "migrate": "kpdeploy.pipeline",
     "load_model": "kpdeploy.load",
     "serve": "kpdeploy.serving",
     "verify": "kpdeploy.serving",

@@ -107,6 +107,7 @@ class Manifest:
 
     `mount`: where the repository will be for the server that reads config.pbtxt. `contract`: for each kernel library
     among the files, what it needs, such as {"libkpdeploy_onnx.so": {"onnxruntime": "1.21", "glibc": "2.34"}}.
+    `serving`: how the server shall run it where that was stated: queue_delay_us, instances, labels (by index).
     """
 
     model: str
@@ -129,6 +130,7 @@ class Manifest:
     padded_axes: tuple[str, ...] = ()
     mount: str = MOUNT
     contract: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    serving: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
@@ -140,7 +142,7 @@ class Manifest:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data["signature"] = self.signature.to_json()
         data["decisions"] = [{"kind": type(d).__name__.lower(), **asdict(d)} for d in self.decisions]
-        for name in ("settings", "files", "tolerances", "source", "environment", "contract"):
+        for name in ("settings", "files", "tolerances", "source", "environment", "contract", "serving"):
             data[name] = dict(data[name])
         return data
 
@@ -168,6 +170,7 @@ class Manifest:
             data.setdefault("padded_axes", ())
             data.setdefault("mount", MOUNT)
             data.setdefault("contract", {})
+            data.setdefault("serving", {})
             for name in ("input_names", "output_names", "formats", "padded_axes"):
                 data[name] = tuple(data[name])
             return cls(**data)

@@ -155,6 +155,7 @@ def export(
     tolerance: Mapping[str, float] | None = None,
     fuse: str = "auto",
     mount: str = MOUNT,
+    serving: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a model, prove each artifact, and publish the fastest that passed as the next version in `repo`.
@@ -170,6 +171,7 @@ def export(
         tolerance: largest relative errors by dtype, in place of kpdeploy.compare.TOLERANCES.
         fuse: "auto" tries each format with and without fused ops (those that take a minute without), "never" without,
             "always" only with.
+        serving: what Manifest.serving holds: how the server shall run the model.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -199,6 +201,7 @@ def export(
         chosen = _choose(candidates, format, asked)
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(target, candidates, chosen, fused))
         manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
+        manifest = replace(manifest, serving=dict(serving or {}))
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, replace(baseline, windows=windows))
     _remember(deployment, windows, baseline, progress)
@@ -212,6 +215,63 @@ def export(
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrateReport:
+    """What `migrate` did: the export of the archive's model, and what of the archive it carried over, or not."""
+
+    archive: str
+    report: ExportReport
+    told: tuple[Decision, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        told = [{"kind": type(decision).__name__.lower(), **asdict(decision)} for decision in self.told]
+        return {"archive": self.archive, "told": told, **self.report.to_json()}
+
+
+def migrate(
+    path: str | os.PathLike[str],
+    *,
+    target: str = "triton",
+    repo: str | os.PathLike[str] = "models",
+    format: str = "auto",
+    name: str | None = None,
+    input: Sequence[str] = (),
+    trust: bool = False,
+    tolerance: Mapping[str, float] | None = None,
+    fuse: str = "auto",
+    progress: Progress | None = None,
+) -> MigrateReport:
+    """Export the model of a TorchServe archive (.mar) for another server, proven equal, and say what was left behind.
+
+    Args:
+        path: an archive of anybody; none of its code runs, unless `trust` allows its model file.
+        input: the model's inputs, which archives do not hold. See `export`, as for the other arguments.
+
+    Raises:
+        KpdeployError: any of its kinds; then nothing was published.
+    """
+    from kpdeploy.load.archive import exportable, inputs, read_archive, told
+
+    with work_folder() as work:
+        archive = read_archive(Path(path), work)
+        found = told(archive)
+        model = exportable(archive, trust=trust)
+        report = export(
+            model,
+            target=target,
+            repo=repo,
+            format=format,
+            name=name or archive.name,
+            input=inputs(archive, tuple(input)),
+            max_batch=archive.batch if archive.batch > 1 else None,
+            tolerance=tolerance,
+            fuse=fuse,
+            serving=archive.serving,
+            progress=progress,
+        )
+    return MigrateReport(archive=str(path), report=report, told=tuple(found))
 
 
 def _check_choices(target: str, format: str, fuse: str, mount: str) -> None:
@@ -723,8 +783,12 @@ def _remember(deployment: Deployment, windows: Sequence[Windows], baseline: Base
 
 
 def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baseline) -> Deployment:
+    from kpdeploy.serving.triton.config import LABELS
+
     assert chosen.artifact is not None
     baseline.write(chosen.artifact.folder)
+    if labels := manifest.serving.get("labels"):
+        (chosen.artifact.folder / LABELS).write_text("".join(f"{label}\n" for label in labels))
     return TARGETS[manifest.target].package.publish(repo, manifest, chosen.artifact.folder)
 
 

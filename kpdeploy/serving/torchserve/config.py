@@ -41,8 +41,18 @@ class Addresses:
     grpc_management: int = 7071
 
 
-def properties(archives: Iterable[str], addresses: Addresses, *, token: bool = True, store: str = "") -> str:
-    """config.properties of a server that loads `archives` of its model store, on loopback and with tokens."""
+def properties(
+    archives: Iterable[str],
+    addresses: Addresses,
+    *,
+    token: bool = True,
+    store: str = "",
+    model_api: bool = False,
+) -> str:
+    """config.properties of a server that loads `archives` of its model store, on loopback and with tokens.
+
+    `model_api` lets the management API load and unload models.
+    """
     lines = {
         "inference_address": f"http://{addresses.host}:{addresses.inference}",
         "management_address": f"http://127.0.0.1:{addresses.management}",
@@ -55,7 +65,7 @@ def properties(archives: Iterable[str], addresses: Addresses, *, token: bool = T
         "load_models": ",".join(archives),
         "disable_token_authorization": "false" if token else "true",
         "token_expiration_min": TOKEN_MINUTES,
-        "enable_model_api": "false",
+        "enable_model_api": "true" if model_api else "false",
         "allowed_urls": "file://.*",
         "install_py_dep_per_model": "false",
         "max_request_size": MAX_BODY_BYTES,

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ V2 = {
 }  # fmt: skip
 V2_OF = {dtype: name for name, dtype in V2.items()}
 HEADER_LENGTH = "inference-header-content-length"
+LARGEST_BYTES = 64 << 20
 NPZ = b"PK\x03\x04"
 
 
@@ -70,7 +72,8 @@ class Handler:
                 form, tensors = read(request, header(context, index, HEADER_LENGTH), self.inputs)
                 asked[index] = ([validated(spec, tensors, self.axes, self.most) for spec in self.inputs], form)
                 sizes_agree([*zip(self.inputs, asked[index][0], strict=True)], self.axes)
-            except (ValueError, KeyError, TypeError, OverflowError) as error:
+            # Whatever a body makes its parsers raise: it must not fail the others of its batch.
+            except Exception as error:
                 asked.pop(index, None)
                 answers[index] = refused(context, index, 400, said(error))
         members = list(asked)
@@ -147,8 +150,7 @@ def read(request: dict[str, Any], json_bytes: str, inputs: list[dict[str, Any]])
     if isinstance(body, (bytes, bytearray)):
         raw = bytes(body)
         if raw.startswith(NPZ):
-            with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
-                return {"kind": "npz"}, {name: arrays[name] for name in arrays.files}
+            return {"kind": "npz"}, read_npz(raw)
         if json_bytes and not 0 < int(json_bytes) <= len(raw):
             raise ValueError(f"Inference-Header-Content-Length is {json_bytes}, the body has {len(raw)} bytes")
         length = int(json_bytes or len(raw))
@@ -168,6 +170,15 @@ def read(request: dict[str, Any], json_bytes: str, inputs: list[dict[str, Any]])
     if not isinstance(body, dict):
         raise ValueError(f"the body must be a JSON object with {', '.join(spec['name'] for spec in inputs)}")
     return {"kind": "json"}, body
+
+
+def read_npz(raw: bytes) -> dict[str, Any]:
+    with zipfile.ZipFile(io.BytesIO(raw)) as file:
+        # A few bytes can be written so that they unpack to more than the memory.
+        if sum(entry.file_size for entry in file.infolist()) > LARGEST_BYTES:
+            raise ValueError(f"the arrays of the .npz are larger than {LARGEST_BYTES} bytes")
+    with np.load(io.BytesIO(raw), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def read_v1(instances: list[Any], inputs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,9 +35,10 @@ from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
 KEY_FILE = "key_file.json"
 STOP_TIMEOUT_S = 5
 WATCH_INTERVAL_S = 1.0
-FAILED = ("Load model failed", "Backend worker error", "Failed to load model")
+FAILED = ("Load model failed", "Failed to load model")
 """What the log says of a worker that cannot load its model: TorchServe itself tries again and again."""
-ATTEMPTS = 2
+_REASON = re.compile(r"MODEL_LOG - ([A-Za-z_][\w.]*: .+)")
+"""The last line of a traceback in the log."""
 UNMAINTAINED = (
     "TorchServe is no longer maintained: its repository was archived in August 2025, security fixes included. The same "
     "model for Triton: kpdeploy export MODEL --target triton; an archive of yours: kpdeploy migrate MODEL.mar"
@@ -94,7 +96,7 @@ def serve(
         environment = ensure_environment(progress, [d.manifest for d in deployments])
         server = Server(local, claimed, space, environment, token=token, progress=progress)
         try:
-            server.start(deployments, ready_timeout_s=ready_timeout_s)
+            server.start(deployments, ready_timeout_s=ready_timeout_s, poll=poll)
             server.watch(poll=poll)
             yield server
         finally:
@@ -186,7 +188,7 @@ class Server:
         assert self._process is not None
         return self._process
 
-    def start(self, deployments: Sequence[Deployment], *, ready_timeout_s: float) -> None:
+    def start(self, deployments: Sequence[Deployment], *, ready_timeout_s: float, poll: bool = False) -> None:
         """Start the process, and wait until every worker is ready and every golden request came back right."""
         deadline = time.monotonic() + ready_timeout_s
         self._timeout_s = ready_timeout_s
@@ -198,7 +200,8 @@ class Server:
                 advance()
         names = [_stored(d) for d in deployments]
         config = self._space.folder / "config.properties"
-        config.write_text(properties(names, self.addresses, token=self._token, store=str(store)))
+        lines = properties(names, self.addresses, token=self._token, store=str(store), model_api=poll)
+        config.write_text(lines)
         with self._progress.step("starting TorchServe and loading the models"):
             self._start_process(config)
             self._await_loaded(deployments, deadline)
@@ -282,14 +285,10 @@ class Server:
         )
 
     def _load_failure(self) -> str:
-        """The reason in the log, once a worker has failed to load its model twice."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        failures = [index for index, line in enumerate(lines) if any(said in line for said in FAILED)]
-        if len(failures) < ATTEMPTS:
-            return ""
-        marks = ("Error: ", "Error(", "Exception: ")
-        reasons = [line.partition("MODEL_LOG - ")[2] for line in lines if any(mark in line for mark in marks)]
-        return next((reason for reason in reversed(reasons) if reason), lines[failures[0]])
+        """The reason in the log, once a worker has failed to load its model."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        failure = next((line for line in text.splitlines() if any(said in line for said in FAILED)), "")
+        return (_REASON.findall(text) or [failure])[-1] if failure else ""
 
     def _prove(self, deployment: Deployment) -> None:
         baseline = Baseline.read(Path(deployment.folder))

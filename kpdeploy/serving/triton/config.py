@@ -22,6 +22,8 @@ from kpdeploy.signature import Signature, TensorSpec
 
 CONFIG = "config.pbtxt"
 WARMUP = "warmup"
+LABELS = "labels.txt"
+"""A label a line, by the index in the first output: what a client that asks for classes is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,9 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
         platform=loader.platform,
         default_model_filename=manifest.filename,
         max_batch_size=manifest.max_batch_size,
-        instance_group=[ModelInstanceGroup(kind=ModelInstanceGroup.KIND_CPU, count=1)],
+        instance_group=[
+            ModelInstanceGroup(kind=ModelInstanceGroup.KIND_CPU, count=manifest.serving.get("instances", 1))
+        ],
     )
     # Only the version named here is visible: replacing config.pbtxt is what publishes.
     config.version_policy.specific.versions.append(manifest.version)
@@ -106,7 +110,10 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
             entry = entries.add(name=name, data_type=_data_type(spec.dtype))
             _set_dims(entry, spec, manifest)
     if manifest.max_batch_size > 1:
-        config.dynamic_batching.max_queue_delay_microseconds = _queue_delay_us(baseline)
+        delay_us = manifest.serving.get("queue_delay_us", _queue_delay_us(baseline))
+        config.dynamic_batching.max_queue_delay_microseconds = delay_us
+    if LABELS in manifest.files:
+        config.output[0].label_filename = f"{manifest.version}/{LABELS}"
     for key, value in loader.parameters:
         config.parameters[key].string_value = value
     _set_settings(config, manifest, loader)

@@ -21,7 +21,7 @@ from kpdeploy.artifact import Manifest, located
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken
 from kpdeploy.runtimes import PACKAGES, source
-from kpdeploy.serving.triton.config import CONFIG, WARMUP, read_config, write_config
+from kpdeploy.serving.triton.config import CONFIG, LABELS, WARMUP, read_config, write_config
 
 BACKENDS = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "pytorch", "pt2": "pytorch"}
 """The folder name of the native backend that NVIDIA's container runs each format with."""
@@ -86,6 +86,8 @@ def write_overlay(
     config = overlay_config(_native_config(model_folder / CONFIG))
     allow_ragged(config, manifest)
     (files / "artifact.json").write_text(json.dumps(artifact(manifest, version_folder, config), default=list))
+    if LABELS in manifest.files:
+        _replace_link(files / LABELS, version_folder / LABELS)
     if (model_folder / WARMUP).is_dir():
         _replace_link(target / WARMUP, model_folder / WARMUP)
     # config.pbtxt comes last, as in the native repository: it names the version.
