@@ -131,13 +131,11 @@ class Evil:
 
 def test_code_in_pickles_does_not_run(tmp_path: Path) -> None:
     mark = tmp_path / "ran"
-    evil = pickle.dumps(Evil(mark))
-    path = mar(
-        tmp_path / "net.mar", {"model.pt": evil, "index_to_name.json": "{}", "handler.py": f"open({str(mark)!r}, 'w')"}
-    )
+    evil, handler = pickle.dumps(Evil(mark)), f"open({str(mark)!r}, 'w')"
+    path = mar(tmp_path / "net.mar", {"model.pt": evil, "index_to_name.json": "{}", "handler.py": handler})
     with pytest.raises(ModelBroken):
         read_archive(path, tmp_path / "a")
-    path = mar(tmp_path / "net.mar", {"model.pt": evil, "handler.py": f"open({str(mark)!r}, 'w')"})
+    path = mar(tmp_path / "net.mar", {"model.pt": evil, "handler.py": handler})
     archive = read_archive(path, tmp_path / "b")
     told(archive)
     with pytest.raises(ModelUnsafe, match="pickle"):
@@ -147,7 +145,12 @@ def test_code_in_pickles_does_not_run(tmp_path: Path) -> None:
 
 def test_a_model_file_runs_only_when_it_is_trusted_and_its_weights_never_do(tmp_path: Path) -> None:
     mark, weights_mark = tmp_path / "ran", tmp_path / "weights_ran"
-    code = f"open({str(mark)!r}, 'w')\nimport torch\nclass Net(torch.nn.Linear):\n def __init__(self): super().__init__(2, 2)\n"
+    code = (
+        f"open({str(mark)!r}, 'w')\n"
+        "import torch\n"
+        "class Net(torch.nn.Linear):\n"
+        " def __init__(self): super().__init__(2, 2)\n"
+    )
     files: Entries = {"model.py": code, "model.pt": pickle.dumps(Evil(weights_mark))}
     archive = read_archive(mar(tmp_path / "net.mar", files, modelFile="model.py"), tmp_path / "folder")
     with pytest.raises(ModelUnsafe, match=r"model\.py") as caught:

@@ -108,7 +108,7 @@ class Management:
                 next_step=f"name one that it has loaded: {loaded or 'none'}",
             ) from None
 
-    def _ask(self, method: str, path: str, *, timeout_s: float = 10) -> Any:
+    def _ask(self, method: str, path: str, *, timeout_s: float = 30) -> Any:
         request = urllib.request.Request(f"http://{self.address}/{path}", method=method)
         if self.key_file is not None:
             token = read_tokens(self.key_file).get("management", "")

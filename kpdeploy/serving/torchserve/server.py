@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.error
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -98,6 +98,27 @@ def serve(
         try:
             server.start(deployments, ready_timeout_s=ready_timeout_s, poll=poll)
             server.watch(poll=poll)
+            yield server
+        finally:
+            server.stop()
+
+
+@contextmanager
+def running_archives(
+    archives: Sequence[Path], *, ready_timeout_s: float = 120, progress: Progress = SILENT
+) -> Iterator[Server]:
+    """Serve archives of anybody as they are, on free ports of loopback with tokens: their code runs, as TorchServe
+    has it.
+
+    Raises:
+        PortInUse, ServerUnavailable, LibraryMissing, ModelLoadFailed, ServerDied, NotReady: as `serve`.
+    """
+    free = Addresses(inference=0, management=0, metrics=0, grpc_inference=0, grpc_management=0)
+    with scratch() as space:
+        environment = ensure_environment(progress)
+        server = Server("", claim(free), space, environment, token=True, progress=progress)
+        try:
+            server.start_archives(archives, ready_timeout_s=ready_timeout_s)
             yield server
         finally:
             server.stop()
@@ -210,6 +231,22 @@ class Server:
                 self._prove(deployment)
                 advance()
 
+    def start_archives(self, archives: Sequence[Path], *, ready_timeout_s: float) -> None:
+        """Start the process with archives that have neither manifest nor golden requests."""
+        store = self._space.folder / "model_store"
+        store.mkdir()
+        for archive in archives:
+            (store / archive.name).symlink_to(archive.absolute())
+        config = self._space.folder / "config.properties"
+        config.write_text(properties([a.name for a in archives], self.addresses, token=self._token, store=str(store)))
+        self._start_process(config)
+        self._await(lambda: self._all_ready(len(archives)), "archives", time.monotonic() + ready_timeout_s)
+
+    def _all_ready(self, count: int) -> bool:
+        found = [entry for model in self.management.models() for entry in self.management.versions(model)]
+        states = [worker["status"] for entry in found for worker in entry["workers"]]
+        return len(found) == count <= len(states) and all(state == "READY" for state in states)
+
     def watch(self, *, poll: bool) -> None:
         """From now on notice the server's end and, with `poll`, serve new versions."""
         self._watcher = threading.Thread(target=self._watch, kwargs={"poll": poll}, name="kpdeploy-watch", daemon=True)
@@ -266,17 +303,22 @@ class Server:
         self.served[deployment.model] = Served(deployment=deployment)
 
     def _await_loaded(self, deployments: Sequence[Deployment], deadline: float) -> None:
-        waiting = list(deployments)
+        def ready() -> bool:
+            return all(self.management.ready(d.model, d.version) for d in deployments)
+
+        self._await(ready, ", ".join(d.model for d in deployments), deadline)
+
+    def _await(self, ready: Callable[[], bool], what: str, deadline: float) -> None:
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise self._died()
             # What cannot load would otherwise be tried until the time is over.
             if reason := self._load_failure():
-                raise load_failed(", ".join(d.model for d in waiting), reason)
+                raise load_failed(what, reason)
+            # Nothing answers yet, or there is no key file.
             with contextlib.suppress(OSError, KpdeployError, ValueError, KeyError):
-                waiting = [d for d in waiting if not self.management.ready(d.model, d.version)]
-            if not waiting:
-                return
+                if ready():
+                    return
             time.sleep(0.2)
         raise NotReady(
             "the server did not load all models in time",
