@@ -27,7 +27,7 @@ from kpdeploy.serving.torchserve.server import Server as TorchServe
 
 INPUT = ("data:float32[batch=1..8,12]",)
 LABELS = {"0": "cat", "1": "dog", "2": "bird", "3": "fish"}
-CONFIG = "batchSize: 8\nmaxBatchDelay: 3\nminWorkers: 1\nmaxWorkers: 1\nresponseTimeout: 60\nstartupTimeout: 60\n"
+CONFIG = "batchSize: 8\nmaxBatchDelay: 3\nminWorkers: 1\nmaxWorkers: 1\nresponseTimeout: 60\nstartupTimeout: 120\n"
 
 MODEL = """
 import torch

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ import kpdeploy
 from kpdeploy.compare import relative_error
 from kpdeploy.load.examples import minilm_folder
 from kpdeploy.load.huggingface import sentence_encoder
-from kpdeploy.serving.client import connect
+from kpdeploy.serving.client import connect, connect_torchserve
 from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.target import TARGETS
 
@@ -49,6 +53,56 @@ def test_triton_gives_the_embeddings_of_eager_pytorch(format: str, fuse: str, se
             with torch.inference_mode():
                 expected = encoder(torch.from_numpy(ids), torch.from_numpy(mask))["embedding"].numpy()
             assert relative_error(answer, expected) <= 1e-5, (batch, seq)
+
+
+ARCHIVED = [("onnx", "always"), ("torchscript", "always"), ("pt2", "never")]
+
+
+@pytest.fixture(scope="module")
+def torchserve(served: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
+    """A model store of the same artifacts, and the TorchServe that serves it."""
+    folder = tmp_path_factory.mktemp("torchserve")
+    deployments = {d.model: d for d in read_repository(str(served[0]))}
+    for format, fuse in ARCHIVED:
+        deployment = deployments[f"minilm_{format}_{fuse}"]
+        manifest = deployment.manifest
+        files = folder / manifest.model
+        shutil.copytree(deployment.folder, files, ignore=shutil.ignore_patterns("manifest.json", "launch.sh"))
+        package = TARGETS["torchserve"].package
+        inputs, outputs = package.served_names(format, manifest.signature)
+        package.publish(
+            str(folder / "store"),
+            replace(manifest, target="torchserve", input_names=inputs, output_names=outputs, max_batch_size=32),
+            files,
+        )
+    free = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "management_port": 0}
+    with kpdeploy.serve(folder / "store", **free) as server:
+        yield folder / "store", server
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("format", "fuse"), ARCHIVED)
+def test_torchserve_gives_the_embeddings_of_eager_pytorch_alone_and_batched(
+    format: str, fuse: str, torchserve: tuple[Path, Any]
+) -> None:
+    store, server = torchserve
+    manifest = next(d.manifest for d in read_repository(str(store)) if d.model == f"minilm_{format}_{fuse}")
+    encoder = sentence_encoder(minilm_folder())
+    rng = np.random.default_rng()
+
+    def difference(batch: int, seq: int) -> float:
+        ids = rng.integers(0, 30522, (batch, seq))
+        mask = (np.arange(seq) < rng.integers(1, seq + 1, (batch, 1))).astype(np.int64)
+        with connect_torchserve(server.http, token=server.token) as client:
+            answer = client.infer(manifest, {"input_ids": ids, "attention_mask": mask})["embedding"]
+        with torch.inference_mode():
+            expected = encoder(torch.from_numpy(ids), torch.from_numpy(mask))["embedding"].numpy()
+        return relative_error(answer, expected)
+
+    for batch, seq in ((1, 1), (1, 77), (5, 31), (32, 16)):
+        assert difference(batch, seq) <= 1e-5, (batch, seq)
+    with ThreadPoolExecutor(8) as threads:
+        assert max(threads.map(lambda number: difference(1, 9 + number), range(24))) <= 1e-5
 
 
 def test_the_manifest_names_source_weights_versions_and_every_candidate(served: tuple[Path, str]) -> None:

@@ -37,8 +37,8 @@ STOP_TIMEOUT_S = 5
 WATCH_INTERVAL_S = 1.0
 FAILED = ("Load model failed", "Failed to load model")
 """What the log says of a worker that cannot load its model: TorchServe itself tries again and again."""
-_REASON = re.compile(r"MODEL_LOG - ([A-Za-z_][\w.]*: .+)")
-"""The last line of a traceback in the log."""
+_REASON = re.compile(r"MODEL_LOG - ([A-Za-z_][\w.]*: .+)|WorkerInitializationException: (.+)")
+"""The last line of a worker's traceback, or what the frontend says of a worker."""
 UNMAINTAINED = (
     "TorchServe is no longer maintained: its repository was archived in August 2025, security fixes included. The same "
     "model for Triton: kpdeploy export MODEL --target triton; an archive of yours: kpdeploy migrate MODEL.mar"
@@ -330,7 +330,11 @@ class Server:
         """The reason in the log, once a worker has failed to load its model."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         failure = next((line for line in text.splitlines() if any(said in line for said in FAILED)), "")
-        return (_REASON.findall(text) or [failure])[-1] if failure else ""
+        if not failure:
+            return ""
+        _, found, traceback = text.rpartition("MODEL_LOG - Traceback")
+        reason = _REASON.search(traceback if found else text[text.find("Backend worker error") :])
+        return (reason[1] or reason[2]) if reason else failure
 
     def _prove(self, deployment: Deployment) -> None:
         baseline = Baseline.read(Path(deployment.folder))
