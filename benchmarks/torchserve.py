@@ -152,8 +152,8 @@ def main(store: Path, output: Path, seq: int, levels: str, rounds: int, seconds:
         free: dict[str, Any] = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
         archives = [Path(d.folder) / archive_name(d.model) for d in (ours, script)]
         archives.append(stock_archive(script, folder))
-        torchserve = held.enter_context(running_archives(archives))
-        triton = held.enter_context(serve(folder / "models", **free))
+        torchserve = held.enter_context(running_archives(archives, ready_timeout_s=300))
+        triton = held.enter_context(serve(folder / "models", ready_timeout_s=300, **free))
         url, token = torchserve.http, torchserve.token
         peers: Mapping[str, Any] = {
             "torchserve": lambda: HttpWire(url, "minilm", requests, TIMEOUT_SECONDS, token=token),
