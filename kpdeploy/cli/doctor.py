@@ -77,6 +77,7 @@ def _check_repository(ctx: click.Context, repo: str, container: str | None, as_j
     from dataclasses import asdict
 
     from kpdeploy.cli import console
+    from kpdeploy.errors import UnknownName
     from kpdeploy.serving.repository import local_files, read_repository
     from kpdeploy.serving.triton import compatibility
     from kpdeploy.serving.triton.containers import find_container
@@ -87,6 +88,12 @@ def _check_repository(ctx: click.Context, repo: str, container: str | None, as_j
     deployments = read_repository(repo)
     found = []
     for deployment in deployments:
+        if deployment.manifest.target != "triton":
+            raise UnknownName(
+                f"{repo} is for {deployment.manifest.target}",
+                why="what is known of containers is known of NVIDIA's, for Triton",
+                next_step=f"see whether it loads: kpdeploy serve {repo}",
+            )
         with local_files(deployment) as folder:
             config = read_model_config(deployment)
             found.append(compatibility.check(deployment.manifest, folder, where, config))
@@ -209,6 +216,7 @@ def _tools() -> dict[str, dict[str, Any]]:
     import platform
     import shutil
 
+    from kpdeploy.serving.torchserve.environment import java
     from kpdeploy.serving.triton import environment as server
 
     folder = server.environment_folder()
@@ -224,6 +232,7 @@ def _tools() -> dict[str, dict[str, Any]]:
         "python": _tool("server's Python", supported and server.PYTHON, f"use Python {' or '.join(server.PYTHONS)}"),
         "glibc": _tool("glibc 2.34 or newer", new_enough and glibc, "use Debian 12, Ubuntu 22.04 or newer"),
         "disk": _tool("disk space", space, f"free 500 MB in {existing}, or set XDG_CACHE_HOME"),
+        "java": _tool("Java, for TorchServe", java(), "apt install openjdk-17-jre-headless"),
         "tritonserver": _tool("tritonserver", folder.exists() and folder, "installed by the first kpdeploy serve"),
     }
 

@@ -22,7 +22,10 @@ Examples:
   kpdeploy serve model_store/ --http-port 8080      # of --target torchserve
   kpdeploy serve models/ --poll        # and, elsewhere, kpdeploy export … --repo models/
 
-The server is the tritonserver of the nvidia-pytriton package, installed once into a folder of its own under
+A repository of --target torchserve is served by TorchServe 0.12 (Java 11 or newer is needed), which asks for tokens:
+its key file is readable for you only, and verify and bench take it by --token-file.
+
+For Triton the server is the tritonserver of the nvidia-pytriton package, installed once into a folder of its own under
 ~/.cache/kpdeploy. It has no native backends, so its python backend runs the very artifact files of the repository,
 in the runtimes of this environment; the repository itself stays what NVIDIA's container loads.
 """

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from kpdeploy.artifact import Manifest
@@ -375,3 +380,38 @@ def test_key_files_are_read_and_never_shown(tmp_path: Path) -> None:
     assert read_tokens(path) == {"inference": "s3cret"}
     with pytest.raises(UnknownName):
         read_tokens(tmp_path / "missing")
+
+
+def test_a_killed_parent_takes_the_whole_group_with_it(tmp_path: Path) -> None:
+    launcher = Path(archive.__file__).with_name("launcher.py")
+    program = (
+        "import os, subprocess, sys, time\n"
+        f"command = [sys.executable, {str(launcher)!r}, str(os.getpid()), 'sh', '-c', 'sleep 60 & sleep 60']\n"
+        "p = subprocess.Popen(command, start_new_session=True)\n"
+        "print(p.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    group = int(parent.stdout.readline())
+    wait_for(lambda: len(members(group)) >= 3)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    wait_for(lambda: not members(group))
+
+
+def members(group: int) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)

@@ -28,7 +28,6 @@ from kpdeploy.serving.torchserve.client import TorchServeClient
 from kpdeploy.serving.torchserve.config import Addresses, properties
 from kpdeploy.serving.torchserve.environment import ServerEnvironment, ensure_environment
 from kpdeploy.serving.torchserve.management import Management, load_failed, read_tokens
-from kpdeploy.serving.triton import launcher
 from kpdeploy.serving.triton.ports import any_free, free_after, refusal
 from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
 
@@ -282,7 +281,7 @@ class Server:
         command = [*self._environment.torchserve, "--start", "--foreground", "--ncs", "--ts-config", str(config)]
         with self._space.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-IS", launcher.__file__, str(os.getpid()), *command],
+                [sys.executable, "-IS", str(Path(__file__).with_name("launcher.py")), str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
