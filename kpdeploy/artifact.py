@@ -16,6 +16,8 @@ from kpdeploy.signature import Signature
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
 BASELINE = "baseline.json"
+DIGEST = "kpdeploy_digest"
+"""The parameter of a served model's configuration that holds Manifest.digest."""
 SCHEMA = 1
 MOUNT = "/models"
 """Where NVIDIA's examples mount a repository in their container."""
@@ -137,6 +139,12 @@ class Manifest:
     def mounted(self) -> PurePosixPath:
         """The version's folder as the server sees it."""
         return PurePosixPath(self.mount, self.model, str(self.version))
+
+    @property
+    def digest(self) -> str:
+        """One sha256 for the whole version: over the names and digests of its files, as `sha256sum` would list them."""
+        listed = "".join(f"{digest}  {name}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256(listed.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}

@@ -305,6 +305,33 @@ class RolledBack(KpdeployError):
     exit_code = 94
 
 
+# 85-89: monitoring
+
+
+class BaselineUnusable(KpdeployError):
+    """There is no baseline to compare with, or it is one of something else."""
+
+    exit_code = 85
+
+
+class ProgramMissing(KpdeployError):
+    """A program that watches (Prometheus, Alertmanager) is not installed, or does not start."""
+
+    exit_code = 86
+
+
+class RulesBroken(KpdeployError):
+    """Prometheus refuses the rules."""
+
+    exit_code = 87
+
+
+class ClockSkewed(KpdeployError):
+    """Two clocks that must agree do not."""
+
+    exit_code = 88
+
+
 def exit_codes() -> list[tuple[int, str, str]]:
     """All exit codes as (code, name, meaning), in order."""
     kinds = sorted(KpdeployError.__subclasses__(), key=lambda kind: kind.exit_code)

@@ -88,11 +88,11 @@ ARTIFACT_MATCHES = Metric(
     labels=(*VERSION, "source"),
     help="1 if what is served is the repository's artifact, 0 if it is another; absent where nobody can tell.",
 )
-CPU_WAIT = Metric(
-    name="kpdeploy_probe_server_cpu_wait_ratio",
+DEMAND = Metric(
+    name="kpdeploy_probe_machine_demand_ratio",
     kind="gauge",
     labels=VERSION,
-    help="Share of the time in which the processes of a server on this machine wanted to run and waited for a core.",
+    help="Tasks for each core of the server's machine that ran or wanted to, if the probe runs there too; else absent.",
 )
 MEMORY = Metric(
     name="kpdeploy_probe_server_memory_bytes",
@@ -118,7 +118,7 @@ ALL = (
     READY,
     ARTIFACT,
     ARTIFACT_MATCHES,
-    CPU_WAIT,
+    DEMAND,
     MEMORY,
     CLOCK,
 )

@@ -23,8 +23,28 @@ from kpdeploy.serving.repository import find_deployment, local_files, read_repos
 from kpdeploy.serving.torchserve.client import TorchServeClient
 from kpdeploy.signature import TensorSpec
 
+__all__ = [
+    "Client",
+    "ModelReport",
+    "VerifyReport",
+    "ask_golden",
+    "check",
+    "connect",
+    "connect_torchserve",
+    "find_deployment",
+    "local_files",
+    "read_repository",
+    "replay",
+    "verify",
+]
 PROTOCOLS = ("auto", "grpc", "http")
 _SCHEMES = {"http": ("http", False), "https": ("http", True), "grpc": ("grpc", False), "grpcs": ("grpc", True)}
+# Messages of any size, and a server that was away is found again in two seconds, not in gRPC's two minutes.
+_CHANNEL = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
 _PORTS = {"grpc": 8001, "http": 8000, "auto": 8001}
 
 
@@ -126,7 +146,7 @@ class Client:
         if protocol == "grpc":
             import tritonclient.grpc as wire
 
-            self._client: Any = wire.InferenceServerClient(address, ssl=tls)
+            self._client: Any = wire.InferenceServerClient(address, ssl=tls, channel_args=_CHANNEL)
             self._timeout: dict[str, float] = {"client_timeout": timeout_s}
         else:
             import tritonclient.http as wire
@@ -168,6 +188,19 @@ class Client:
             as_json = {"as_json": True} if self.protocol == "grpc" else {}
             metadata = self._client.get_model_metadata(model, **as_json, **self._timeout)
         return [str(version) for version in metadata.get("versions", ())]
+
+    def parameters(self, model: str, version: str = "") -> dict[str, str]:
+        """The parameters in the model's configuration, as the server has loaded it.
+
+        Raises:
+            Unreachable, ModelNotServed: as `infer`.
+        """
+        with self._errors(model):
+            if self.protocol == "grpc":
+                config = self._client.get_model_config(model, version, as_json=True, **self._timeout)["config"]
+            else:
+                config = self._client.get_model_config(model, version, **self._timeout)
+        return {key: str(value.get("string_value", "")) for key, value in config.get("parameters", {}).items()}
 
     def infer(self, manifest: Manifest, inputs: Tensors) -> dict[str, Array]:
         """One request to the manifest's model and version: arrays in and out by the names of the signature.
@@ -248,7 +281,7 @@ def replay(client: Infers, deployment: Deployment, baseline: Baseline) -> list[C
     manifest = deployment.manifest
     worst: dict[str, Comparison] = {}
     for exchange in baseline.exchanges:
-        answer = _in_batches(client, manifest, exchange)
+        answer = ask_golden(client, manifest, exchange)
         for found in compare(answer, exchange.outputs, dict(manifest.tolerances)):
             known = worst.setdefault(found.output, found)
             # Not `>`: an error that is not a number must never be lost.
@@ -257,7 +290,7 @@ def replay(client: Infers, deployment: Deployment, baseline: Baseline) -> list[C
     return list(worst.values())
 
 
-def _in_batches(client: Infers, manifest: Manifest, exchange: Exchange) -> dict[str, Array]:
+def ask_golden(client: Infers, manifest: Manifest, exchange: Exchange) -> dict[str, Array]:
     """The answer to one exchange, asked for in parts where it is a larger batch than the server takes."""
     rows = len(next(iter(exchange.inputs.values()))) if manifest.max_batch_size else 1
     if rows <= manifest.max_batch_size or not manifest.max_batch_size:

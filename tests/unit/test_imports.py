@@ -38,8 +38,8 @@ LAYERS = (
 STEPS = LAYERS[2]
 WITHOUT_TORCH = ("serving", "bench", "monitoring")
 TORCH = {"torch", "torchvision", "transformers", "timm", "onnxscript"}
-# `bench` talks to a server through the client that `verify` uses.
-SHARED_DOORS = {("bench", "kpdeploy.serving.client")}
+# `bench` and `monitoring` talk to a server through the client that `verify` uses.
+SHARED_DOORS = {("bench", "kpdeploy.serving.client"), ("monitoring", "kpdeploy.serving.client")}
 
 
 def modules() -> dict[str, Path]:

@@ -14,7 +14,7 @@ from tritonclient.grpc.model_config_pb2 import DataType as TritonType
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup, ModelOptimizationPolicy, ModelWarmup
 from tritonclient.utils import np_to_triton_dtype
 
-from kpdeploy.artifact import Manifest
+from kpdeploy.artifact import DIGEST, Manifest
 from kpdeploy.baseline import Baseline
 from kpdeploy.errors import FormatUnavailable, RepositoryBroken
 from kpdeploy.inputs import Array
@@ -116,6 +116,8 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
         config.output[0].label_filename = f"{manifest.version}/{LABELS}"
     for key, value in loader.parameters:
         config.parameters[key].string_value = value
+    # No backend knows it; whoever asks the server for its configuration learns which artifact it serves.
+    config.parameters[DIGEST].string_value = manifest.digest
     _set_settings(config, manifest, loader)
     config.model_warmup.extend(_warmups(manifest, baseline))
     return config

@@ -17,7 +17,7 @@ from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from kpdeploy.artifact import Manifest, located
+from kpdeploy.artifact import DIGEST, Manifest, located
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken
 from kpdeploy.runtimes import PACKAGES, source
@@ -114,7 +114,8 @@ def overlay_config(native: Any) -> Any:
     for field in ("platform", "default_model_filename", "cc_model_filenames", "optimization", "model_operations"):
         config.ClearField(field)
     # Parameters of native backends mean nothing, or something else, to the python backend.
-    config.ClearField("parameters")
+    for key in [key for key in config.parameters if key != DIGEST]:
+        del config.parameters[key]
     config.backend = "python"
     # The runtimes here are those of the CPU, whatever the native backend would use.
     if not config.instance_group:

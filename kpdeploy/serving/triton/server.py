@@ -44,6 +44,7 @@ def serve(
     host: str = "127.0.0.1",
     backends_dir: Path | None = None,
     poll: bool = False,
+    revive: bool = True,
     ready_timeout_s: float = 120,
     progress: Progress = SILENT,
 ) -> Iterator[Server]:
@@ -56,6 +57,7 @@ def serve(
         backends_dir: a folder of native backends (`onnxruntime/libtriton_onnxruntime.so`, …). Models whose backend
             it holds run natively; all others through an overlay on the python backend.
         poll: serve new versions when they are published.
+        revive: load a model again when the process that runs it died, which Triton itself never does.
         ready_timeout_s: seconds to load and to answer right.
 
     Raises:
@@ -80,7 +82,7 @@ def serve(
         server = Server(local, ports, space, environment, backends_dir=backends_dir, progress=progress)
         try:
             server.start(deployments, ready_timeout_s=ready_timeout_s)
-            server.watch(poll=poll)
+            server.watch(poll=poll, revive=revive)
             yield server
         finally:
             server.stop()
@@ -155,9 +157,10 @@ class Server:
                 self._prove(deployment)
                 advance()
 
-    def watch(self, *, poll: bool) -> None:
-        """From now on load models again whose process died and, with `poll`, new versions."""
-        self._watcher = threading.Thread(target=self._watch, kwargs={"poll": poll}, name="kpdeploy-watch", daemon=True)
+    def watch(self, *, poll: bool, revive: bool = True) -> None:
+        """From now on load models again whose process died (`revive`) and new versions (`poll`)."""
+        options = {"poll": poll, "revive": revive}
+        self._watcher = threading.Thread(target=self._watch, kwargs=options, name="kpdeploy-watch", daemon=True)
         self._watcher.start()
 
     def wait(self) -> None:
@@ -232,12 +235,13 @@ class Server:
             next_step=f"read its log, {kept_log(self._space)}",
         )
 
-    def _watch(self, *, poll: bool) -> None:
+    def _watch(self, *, poll: bool, revive: bool) -> None:
         try:
             while not self._closing.wait(WATCH_INTERVAL_S):
                 if self.process.exit_status() is not None:
                     break
-                self._revive()
+                if revive:
+                    self._revive()
                 if poll:
                     self._refresh()
         except Exception as error:  # raised again by wait(), in the thread that a user sees

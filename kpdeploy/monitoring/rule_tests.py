@@ -1,0 +1,114 @@
+"""Unit tests of the rules, for `promtool test rules`: made-up series that must raise each alert, and that must not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kpdeploy.baseline import BUCKETS_SECONDS
+from kpdeploy.monitoring import metrics
+from kpdeploy.monitoring.alerts import Alert, Intervals, Slo, Watched, alerts_of
+
+Series = dict[str, str]
+"""Values by series, in promtool's notation."""
+
+MINUTES = 12
+
+
+def test_file(models: Sequence[Watched], *, slo: Slo, intervals: Intervals, runbook: str, rules: str) -> dict[str, Any]:
+    """The contents of a file for `promtool test rules`: `rules` is the name of the rules file beside it."""
+    cases = [case for model in models for case in _cases(model, slo, intervals, runbook)]
+    return {"rule_files": [rules], "evaluation_interval": f"{intervals.every}s", "tests": cases}
+
+
+test_file.__test__ = False  # type: ignore[attr-defined]  # pytest takes its name for a test's
+
+
+def _cases(model: Watched, slo: Slo, intervals: Intervals, runbook: str) -> Iterator[dict[str, Any]]:
+    alerts = {alert.name: alert for alert in alerts_of(model, slo=slo, intervals=intervals)}
+    healthy = _healthy(model, intervals)
+    yield _case(model, "healthy", healthy, intervals, dict.fromkeys(alerts.values()), runbook)
+    for name, harm in _harms(model, intervals).items():
+        yield _case(model, name, {**healthy, **harm}, intervals, {alerts[name]: alerts[name]}, runbook)
+
+
+def _case(
+    model: Watched,
+    name: str,
+    series: Series,
+    intervals: Intervals,
+    expected: Mapping[Alert, Alert | None],
+    runbook: str,
+) -> dict[str, Any]:
+    return {
+        "name": f"{model.name}: {name}",
+        "interval": f"{intervals.every}s",
+        "input_series": [{"series": key, "values": values} for key, values in series.items()],
+        "alert_rule_test": [
+            {
+                "eval_time": f"{MINUTES}m",
+                "alertname": alert.name,
+                "exp_alerts": [_expected(fires, runbook)] if fires else [],
+            }
+            for alert, fires in expected.items()
+        ],
+    }
+
+
+def _expected(alert: Alert, runbook: str) -> dict[str, Any]:
+    rule = alert.rule(runbook)
+    return {"exp_labels": rule["labels"], "exp_annotations": rule["annotations"]}
+
+
+def _labels(model: Watched, **more: str) -> str:
+    labels = {"model": model.deployment.model, "version": str(model.deployment.version), **more}
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+
+
+def _healthy(model: Watched, intervals: Intervals) -> Series:
+    """A model that does what it should: one request a scrape and point, as fast as its baseline."""
+    steps = MINUTES * 60 // intervals.every
+    outputs = [spec.name for spec in model.deployment.manifest.signature.outputs]
+    series = {
+        metrics.REQUESTS.name + _labels(model): f"0+{len(model.expected)}x{steps}",
+        metrics.WRONG.name + _labels(model): f"0x{steps}",
+        metrics.UP.name + _labels(model): f"1x{steps}",
+        metrics.READY.name + _labels(model): f"1x{steps}",
+        metrics.DEMAND.name + _labels(model): f"0.1x{steps}",
+    }
+    for source in metrics.SOURCES:
+        series[metrics.ARTIFACT_MATCHES.name + _labels(model, source=source)] = f"1x{steps}"
+    for reason in metrics.REASONS:
+        series[metrics.ERRORS.name + _labels(model, reason=reason)] = f"0x{steps}"
+    for output in outputs:
+        series[metrics.DRIFT.name + _labels(model, output=output)] = f"0.0000001x{steps}"
+        series[metrics.DRIFT_TOLERANCE.name + _labels(model, output=output)] = f"0.00001x{steps}"
+    return {**series, **_latencies(model, steps, 0.8)}
+
+
+def _latencies(model: Watched, steps: int, factor: float) -> Series:
+    """Every request takes `factor` times its baseline."""
+    series = {}
+    for point, seconds in model.expected.items():
+        for bound in (*BUCKETS_SECONDS, float("inf")):
+            le = "+Inf" if bound == float("inf") else str(bound)
+            values = f"0+1x{steps}" if bound >= factor * seconds else f"0x{steps}"
+            series[f"{metrics.LATENCY.name}_bucket" + _labels(model, point=point, le=le)] = values
+        series[f"{metrics.LATENCY.name}_count" + _labels(model, point=point)] = f"0+1x{steps}"
+    return series
+
+
+def _harms(model: Watched, intervals: Intervals) -> dict[str, Series]:
+    """What changes in the healthy series, by the alert that it must raise."""
+    steps = MINUTES * 60 // intervals.every
+    output = model.deployment.manifest.signature.outputs[0].name
+    all_fail = f"0+{len(model.expected)}x{steps}"
+    return {
+        "KpdeployServerDown": {metrics.UP.name + _labels(model): f"0x{steps}"},
+        "KpdeployModelNotReady": {metrics.READY.name + _labels(model): f"0x{steps}"},
+        "KpdeployStubDead": {metrics.ERRORS.name + _labels(model, reason="stub_dead"): all_fail},
+        "KpdeployErrors": {metrics.ERRORS.name + _labels(model, reason="refused"): all_fail},
+        "KpdeployWrongAnswers": {metrics.DRIFT.name + _labels(model, output=output): f"0.5x{steps}"},
+        "KpdeployWrongArtifact": {metrics.ARTIFACT_MATCHES.name + _labels(model, source="server"): f"0x{steps}"},
+        "KpdeployLatencyRegressed": _latencies(model, steps, 2 * model.ratio),
+    }
