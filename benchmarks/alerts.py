@@ -47,8 +47,8 @@ from kpdeploy.inputs import sample
 from kpdeploy.monitoring.alerts import Intervals, Slo
 from kpdeploy.monitoring.stack import receiver
 from kpdeploy.pipeline import Watching, watch
+from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.triton import control
-from kpdeploy.serving.triton.repository import read_repository
 
 SLO = Slo(quantile=0.99, seconds=1.0, availability=0.99)
 PATIENCE_SECONDS = 180.0

@@ -936,7 +936,7 @@ def watch(
         KpdeployError: as kpdeploy.serve, kpdeploy.monitoring.served.record and kpdeploy.monitoring.stack.stack.
     """
     from kpdeploy.monitoring import alerts, probe, served, stack
-    from kpdeploy.serving.triton.repository import read_repository
+    from kpdeploy.serving.repository import read_repository
     from kpdeploy.serving.triton.server import serve
 
     progress = progress or Progress()

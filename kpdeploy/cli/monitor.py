@@ -63,7 +63,7 @@ def _url(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _models(repo: str, model: str | None) -> list[str]:
-    from kpdeploy.serving.triton.repository import find_deployment, read_repository
+    from kpdeploy.serving.repository import find_deployment, read_repository
 
     return [find_deployment(repo, model).model] if model else [d.model for d in read_repository(repo)]
 
@@ -119,7 +119,7 @@ def _probes(
     from kpdeploy.cli import console
     from kpdeploy.monitoring.probe import Probe
     from kpdeploy.monitoring.served import find_served
-    from kpdeploy.serving.triton.repository import find_deployment
+    from kpdeploy.serving.repository import find_deployment
 
     probes = []
     for name in _models(repo, model):
@@ -164,7 +164,7 @@ def baseline(
     """
     from kpdeploy.cli import console
     from kpdeploy.errors import UnknownName
-    from kpdeploy.serving.triton.repository import find_deployment
+    from kpdeploy.serving.repository import find_deployment
 
     served = _monitoring("served")
     names = _models(repo, model)
@@ -206,7 +206,7 @@ def _watched(repo: str, model: str | None, served: Path | None = None) -> list[W
     from kpdeploy.monitoring.alerts import watched
     from kpdeploy.monitoring.probe import Golden
     from kpdeploy.monitoring.served import ServedBaseline, find_served
-    from kpdeploy.serving.triton.repository import find_deployment, local_files
+    from kpdeploy.serving.repository import find_deployment, local_files
 
     found = []
     for name in _models(repo, model):

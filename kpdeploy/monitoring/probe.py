@@ -24,7 +24,15 @@ from kpdeploy.errors import DigestMismatch, KpdeployError, ModelNotServed, Unrea
 from kpdeploy.inputs import Array
 from kpdeploy.monitoring import metrics
 from kpdeploy.monitoring.machine import SAMPLE_SECONDS, Demand, is_local, memory_bytes
-from kpdeploy.serving.client import Client, ask_golden, connect, find_deployment, local_files
+from kpdeploy.serving.client import (
+    Client,
+    TorchServeClient,
+    ask_golden,
+    connect,
+    connect_torchserve,
+    find_deployment,
+    local_files,
+)
 from kpdeploy.signature import Signature
 
 LOOK_SECONDS = 5.0
@@ -133,10 +141,14 @@ class Connection:
     url: str
     protocol: str
     timeout_s: float
-    client: Client | None = None
+    torchserve: bool = False
+    token: str = ""
+    client: Client | TorchServeClient | None = None
 
-    def get(self) -> Client:
-        if self.client is None:
+    def get(self) -> Client | TorchServeClient:
+        if self.client is None and self.torchserve:
+            self.client = connect_torchserve(self.url, token=self.token, timeout_s=self.timeout_s)
+        elif self.client is None:
             self.client = connect(self.url, protocol=self.protocol, timeout_s=self.timeout_s)
         return self.client
 
@@ -172,6 +184,7 @@ class Probe:
         protocol: str = "auto",
         rate: float = 1.0,
         timeout_s: float = 5.0,
+        token: str = "",
         say: Callable[[str], None] = print,
     ) -> None:
         self.repo, self.model, self.url = repo, model, url
@@ -181,8 +194,9 @@ class Probe:
         self._period_s = 1 / rate
         self._timeout_s = timeout_s
         self._say = say
-        self._asking = Connection(url, protocol, timeout_s)
-        self._looking = Connection(url, protocol, timeout_s)
+        torchserve = self.golden.deployment.manifest.target == "torchserve"
+        self._asking = Connection(url, protocol, timeout_s, torchserve, token)
+        self._looking = Connection(url, protocol, timeout_s, torchserve, token)
         self._errors: dict[int, dict[str, float]] = {}
         self._away = ""
         self._look = _Look()
@@ -302,6 +316,9 @@ class Probe:
         client = self._looking.get()
         self._exporter.ready.labels(*labels).set(client.model_ready(deployment.model, deployment.version))
         served = newest(client.versions(deployment.model))
+        # TorchServe tells neither at its inference port.
+        if isinstance(client, TorchServeClient) or not served:
+            return
         stated = client.parameters(deployment.model, served).get(DIGEST, "")
         self._exporter.artifact.remove_by_labels(dict(zip(metrics.VERSION, labels, strict=True)))
         self._exporter.artifact.labels(*labels, served, stated).set(1)

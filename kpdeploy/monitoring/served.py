@@ -145,6 +145,7 @@ def record(
     windows: int = MIN_WINDOWS,
     window_seconds: float = 15.0,
     timeout_s: float = 5.0,
+    token: str = "",
     progress: Progress | None = None,
 ) -> ServedBaseline:
     """Ask the golden requests for `windows` × `window_seconds` and hold what they took.
@@ -154,8 +155,10 @@ def record(
         LoadFailed: a request failed on the way: such a time is nothing to compare with.
     """
     progress = progress or Progress()
-    verify(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s)
-    probe = Probe(repo, model, url=url, protocol=protocol, rate=rate, timeout_s=timeout_s, exporter=Exporter())
+    verify(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s, token=token)
+    probe = Probe(
+        repo, model, url=url, protocol=protocol, rate=rate, timeout_s=timeout_s, token=token, exporter=Exporter()
+    )
     golden = probe.golden
     per_window = max(len(golden.exchanges), round(rate * window_seconds))
     taken: list[dict[str, list[float]]] = []

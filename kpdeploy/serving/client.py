@@ -26,6 +26,7 @@ from kpdeploy.signature import TensorSpec
 __all__ = [
     "Client",
     "ModelReport",
+    "TorchServeClient",
     "VerifyReport",
     "ask_golden",
     "check",

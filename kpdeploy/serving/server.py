@@ -84,6 +84,7 @@ def serve(
         host=host,
         backends_dir=backends_dir,
         poll=poll,
+        revive=True,
         ready_timeout_s=ready_timeout_s,
         progress=progress,
         **chosen,

@@ -55,7 +55,9 @@ def test_each_format_is_loaded_by_its_own_backend(format: str, backend: str, pla
     config = model_config(manifest(format=format, filename="file", version=3), baseline())
     assert (config.backend, config.platform, config.default_model_filename) == (backend, platform, "file")
     assert list(config.version_policy.specific.versions) == [3]
-    assert {key: p.string_value for key, p in config.parameters.items()} == dict(LOADERS[format].parameters)
+    stated = manifest(format=format, filename="file", version=3).digest
+    parameters = {**dict(LOADERS[format].parameters), "kpdeploy_digest": stated}
+    assert {key: p.string_value for key, p in config.parameters.items()} == parameters
 
 
 def test_a_batching_model_leaves_the_batch_axis_out() -> None:
