@@ -13,7 +13,6 @@ import psutil
 FAMILY_SECONDS = 60.0
 SAMPLE_SECONDS = 0.5
 STAT = Path("/proc/stat")
-_known: dict[int, tuple[float, list[psutil.Process]]] = {}
 
 
 def is_local(url: str) -> bool:
@@ -48,16 +47,39 @@ class Demand:
         return sum(samples) / len(samples) if samples else None
 
 
-def memory_bytes(url: str) -> int:
-    """Resident bytes of the process that listens at the port and of its children; 0 where it cannot be seen."""
-    port = urlsplit(url if "://" in url else f"//{url}").port or 8001
-    found, processes = _known.get(port, (0.0, []))
-    if time.monotonic() - found > FAMILY_SECONDS or not all(process.is_running() for process in processes):
-        processes = _family(port)
-        _known[port] = (time.monotonic(), processes)
-    with contextlib.suppress(psutil.Error):
-        return sum(process.memory_info().rss for process in processes)
-    return 0
+class Processes:
+    """The process that listens at a port of this machine, and its children; none where they cannot be seen."""
+
+    def __init__(self, url: str) -> None:
+        self._port = urlsplit(url if "://" in url else f"//{url}").port or 8001
+        self._found = 0.0
+        self._members: list[psutil.Process] = []
+        self._before: dict[str, tuple[int, int]] = {}
+
+    def members(self) -> list[psutil.Process]:
+        old = time.monotonic() - self._found > FAMILY_SECONDS
+        if old or not self._members or not all(process.is_running() for process in self._members):
+            self._members, self._found = _family(self._port), time.monotonic()
+        return self._members
+
+    def memory_bytes(self) -> int:
+        """Resident bytes of all."""
+        with contextlib.suppress(psutil.Error):
+            return sum(process.memory_info().rss for process in self.members())
+        return 0
+
+    def slowdown(self) -> float | None:
+        """Time in which their threads ran or waited for a core, over the time they ran, since the last call."""
+        times = {}
+        for process in self.members():
+            for file in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+                with contextlib.suppress(OSError, ValueError):
+                    nanoseconds = file.read_text().split()
+                    times[str(file)] = int(nanoseconds[0]), int(nanoseconds[1])
+        before, self._before = self._before, times
+        known = [(times[file], before[file]) for file in times.keys() & before.keys()]
+        ran, waited = (sum(now[k] - then[k] for now, then in known) for k in (0, 1))
+        return (ran + waited) / ran if ran > 0 else None
 
 
 def _family(port: int) -> list[psutil.Process]:

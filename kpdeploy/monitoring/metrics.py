@@ -94,6 +94,12 @@ DEMAND = Metric(
     labels=VERSION,
     help="Tasks for each core of the server's machine that ran or wanted to, if the probe runs there too; else absent.",
 )
+SLOWDOWN = Metric(
+    name="kpdeploy_probe_server_slowdown_ratio",
+    kind="gauge",
+    labels=VERSION,
+    help="Time in which the server's processes ran or waited for a core, over the time they ran: 1 is undisturbed.",
+)
 MEMORY = Metric(
     name="kpdeploy_probe_server_memory_bytes",
     kind="gauge",
@@ -119,6 +125,7 @@ ALL = (
     ARTIFACT,
     ARTIFACT_MATCHES,
     DEMAND,
+    SLOWDOWN,
     MEMORY,
     CLOCK,
 )

@@ -23,7 +23,7 @@ from kpdeploy.deployment import Deployment
 from kpdeploy.errors import DigestMismatch, KpdeployError, ModelNotServed, Unreachable
 from kpdeploy.inputs import Array
 from kpdeploy.monitoring import metrics
-from kpdeploy.monitoring.machine import SAMPLE_SECONDS, Demand, is_local, memory_bytes
+from kpdeploy.monitoring.machine import SAMPLE_SECONDS, Demand, Processes, is_local
 from kpdeploy.serving.client import (
     Client,
     TorchServeClient,
@@ -109,6 +109,7 @@ class Exporter:
         self.up, self.ready = gauge(metrics.UP), gauge(metrics.READY)
         self.artifact, self.matches = gauge(metrics.ARTIFACT), gauge(metrics.ARTIFACT_MATCHES)
         self.demand, self.memory = gauge(metrics.DEMAND), gauge(metrics.MEMORY)
+        self.slowdown = gauge(metrics.SLOWDOWN)
         gauge(metrics.CLOCK).set_function(time.time)
 
     def begin(self, golden: Golden) -> None:
@@ -128,7 +129,7 @@ class Exporter:
         wanted = dict(zip(metrics.VERSION, labels, strict=True))
         every = (
             self.latency, self.requests, self.errors, self.wrong, self.drift, self.tolerance, self.up, self.ready,
-            self.artifact, self.matches, self.demand, self.memory,
+            self.artifact, self.matches, self.demand, self.slowdown, self.memory,
         )  # fmt: skip
         for metric in every:
             metric.remove_by_labels(wanted)
@@ -201,6 +202,7 @@ class Probe:
         self._away = ""
         self._look = _Look()
         self._demand = Demand()
+        self._processes = Processes(url)
         self._lock = threading.Lock()
         exporter.begin(self.golden)
 
@@ -292,7 +294,9 @@ class Probe:
             demand = self._demand.ratio()
             if demand is not None:
                 self._exporter.demand.labels(*labels).set(demand)
-            if used := memory_bytes(self.url):
+            if (slowdown := self._processes.slowdown()) is not None:
+                self._exporter.slowdown.labels(*labels).set(slowdown)
+            if used := self._processes.memory_bytes():
                 self._exporter.memory.labels(*labels).set(used)
 
     def _follow_repository(self) -> None:

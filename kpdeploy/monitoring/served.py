@@ -22,7 +22,7 @@ import numpy as np
 from kpdeploy.baseline import BUCKETS_SECONDS
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, ClockSkewed, LoadFailed, RepositoryBroken, RepositoryUnwritable
-from kpdeploy.monitoring.machine import Demand, is_local
+from kpdeploy.monitoring.machine import Demand, Processes, is_local
 from kpdeploy.monitoring.probe import Exporter, Probe, schedule
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import verify
@@ -56,8 +56,9 @@ class PointLatency:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedBaseline:
-    """What the probe saw of one version. `rate` is in requests/s, `demand` the machine's (see
-    kpdeploy.monitoring.machine) in each window (empty where the server was elsewhere), `recorded` an ISO time."""
+    """What the probe saw of one version. `rate` is in requests/s, `recorded` an ISO time. `demand` and `slowdown` are
+    those of the machine and of the server's processes (see kpdeploy.monitoring.machine) in each window; empty where the
+    server was elsewhere."""
 
     model: str
     version: int
@@ -66,6 +67,7 @@ class ServedBaseline:
     rate: float
     points: tuple[PointLatency, ...]
     demand: tuple[float, ...]
+    slowdown: tuple[float, ...]
 
     def write(self, path: Path) -> None:
         """Raises RepositoryUnwritable."""
@@ -92,7 +94,7 @@ class ServedBaseline:
             if data.pop("schema") != SCHEMA:
                 raise ValueError(f"schema is not {SCHEMA}")
             points = tuple(_read_point(entry) for entry in data["points"])
-            found = cls(**{**data, "points": points, "demand": tuple(data["demand"])})
+            found = cls(**{**data, "points": points, **{n: tuple(data[n]) for n in ("demand", "slowdown")}})
             recorded = datetime.fromisoformat(found.recorded)
             if any(len(p.counts) != len(BUCKETS_SECONDS) + 1 or not p.p50_seconds for p in points) or not points:
                 raise ValueError("its histograms have other buckets")
@@ -156,13 +158,15 @@ def record(
     """
     progress = progress or Progress()
     verify(repo, url=url, model=model, protocol=protocol, timeout_s=timeout_s, token=token)
+    exporter = Exporter()
     probe = Probe(
-        repo, model, url=url, protocol=protocol, rate=rate, timeout_s=timeout_s, token=token, exporter=Exporter()
+        repo, model, url=url, protocol=protocol, rate=rate, timeout_s=timeout_s, token=token, exporter=exporter
     )
     golden = probe.golden
     per_window = max(len(golden.exchanges), round(rate * window_seconds))
     taken: list[dict[str, list[float]]] = []
     demand, meter = [], Demand()
+    slowdown, processes = [], Processes(url)
     title = f"recording the served baseline of {model}: {windows} windows of {per_window / rate:.0f} s"
     with progress.step(title, total=windows) as advance:
         for index, due in schedule(1 / rate, threading.Event()):
@@ -170,6 +174,8 @@ def record(
                 if index:
                     if (ratio := meter.ratio()) is not None:
                         demand.append(round(ratio, 4))
+                    if index and is_local(url) and (waited := processes.slowdown()) is not None:
+                        slowdown.append(round(waited, 4))
                     advance()
                 if index == windows * per_window:
                     break
@@ -191,6 +197,7 @@ def record(
         rate=rate,
         points=tuple(_point(point, taken) for point in dict.fromkeys(golden.points)),
         demand=tuple(demand) if is_local(url) else (),
+        slowdown=tuple(slowdown),
     )
 
 
