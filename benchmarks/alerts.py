@@ -107,6 +107,8 @@ class Harm:
         return folder
 
     def load(self) -> None:
+        # Triton loads a model again only if one of its files was touched.
+        os.utime(self.overlay / "model.py")
         control.load(self.running.server.http, self.model, timeout_s=60)
 
     @contextmanager

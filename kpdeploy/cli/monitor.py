@@ -27,6 +27,8 @@ In production:
   kpdeploy monitor baseline models/ --url localhost:8001    # once, while all is well
   kpdeploy monitor rules models/ --slo p99=50ms --availability 99.9 -o rules.yml
   kpdeploy monitor dashboard models/ -o dashboard.json
+
+Each has --json.
 """
 
 
