@@ -75,10 +75,10 @@ def passed(row: Row) -> bool:
     return all(isinstance(value, float) and value <= row["tolerance"] for value in found)
 
 
-def under(tool: str, argument: str) -> tuple[int, str]:
-    """This script under compute-sanitizer, with each tensor in memory of its own: exit code and output."""
+def under(tool: str, argument: str, script: str = __file__) -> tuple[int, str]:
+    """A script, this one, under compute-sanitizer, with each tensor in memory of its own: exit code and output."""
     command = ["compute-sanitizer", "--tool", tool, "--kernel-name", "kernel_substring=kpdeploy"]
-    command += ["--error-exitcode", "9", sys.executable, __file__, argument]
+    command += ["--error-exitcode", "9", sys.executable, script, argument]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     text = done.stdout + done.stderr

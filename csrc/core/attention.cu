@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "device.cuh"
+#include "hopper_attention.h"
 
 namespace kpdeploy {
 namespace {
@@ -279,6 +280,14 @@ void attend_in(const CudaAttention& a, bool is_aligned, void* stream) {
 
 template <class T>
 void attention(const CudaAttention& a, void* stream) {
+  if constexpr (!std::is_same_v<T, float>) {
+    int device, major, minor, processors;
+    check_cuda(cudaGetDevice(&device));
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    if (major == 9 && minor == 0 && hopper_attention<T>(a, processors, stream)) return;
+  }
   const auto fits = [](const CudaGrid& g) {
     return aligned(g.data) && g.batch_stride * sizeof(T) % 16 == 0 && g.row_stride * sizeof(T) % 16 == 0;
   };

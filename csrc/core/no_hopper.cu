@@ -1,9 +1,17 @@
-// In place of hopper_linear.cu, where no code for compute capability 9.0 is built: the general kernels run there, too.
+// In place of hopper_*.cu, where no code for compute capability 9.0 is built: the general kernels run there, too.
 
 #include "device.cuh"
+#include "hopper_attention.h"
 #include "hopper_linear.h"
 
 namespace kpdeploy {
+
+template <class T>
+bool hopper_attention(const CudaAttention&, int, void*) {
+  return false;
+}
+template bool hopper_attention<bf16>(const CudaAttention&, int, void*);
+template bool hopper_attention<f16>(const CudaAttention&, int, void*);
 
 template <class T>
 bool hopper_linear(const CudaLinear&, int, void*) {

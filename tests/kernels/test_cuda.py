@@ -98,6 +98,12 @@ def _attentions() -> Iterator[tuple[str, Arguments]]:
     for batch, queries, keys, heads, kv_heads, size in (
         (4, 2048, 2048, 8, 8, 128), (2, 1024, 1024, 8, 2, 64), (1, 300, 500, 2, 1, 256), (1, 70, 90, 2, 2, 200),
         (2, 65, 65, 3, 1, 7), (1, 9, 33, 5, 5, 1), (3, 1, 1000, 8, 2, 128), (1, 4096, 100, 2, 2, 32),
+        # For compute capability 9.0: runs of 128 and 256 queries, more and fewer than multiprocessors, tails.
+        (1, 65, 1, 1, 1, 64), (5, 129, 200, 2, 1, 64), (9, 600, 600, 12, 12, 64), (40, 100, 100, 12, 12, 64),
+        (2, 500, 90, 3, 3, 128), (3, 515, 770, 10, 2, 128), (1, 200, 300, 2, 2, 128),
+        # Few queries: shares of the keys, groups that leave rows of a block empty, more queries than a block has.
+        (1, 1, 8192, 32, 8, 128), (2, 5, 700, 12, 4, 64), (1, 70, 1100, 2, 1, 128), (1, 3, 333, 7, 1, 64),
+        (150, 1, 40, 2, 1, 64), (2, 64, 64, 2, 2, 128),
     ):  # fmt: skip
         q, k, v = (torch.randn(batch, n, h * size) for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads)))
         lengths = torch.randint(0, keys + 1, (2 * batch,))[::2]
@@ -404,24 +410,56 @@ def test_a_second_gpu_is_made_current(cuda_provider: str) -> None:
     assert torch.equal(torch.from_numpy(found), out.cpu())
 
 
-def test_keys_beyond_the_length_are_not_read(gpu: None) -> None:
+CALLS = pytest.mark.parametrize(("queries", "heads", "size"), [(40, 2, 32), (40, 1, 64), (300, 2, 64), (200, 1, 128)])
+"""By the general kernel, and on compute capability 9.0 by those for few and for many queries."""
+
+
+@CALLS
+def test_keys_beyond_the_length_are_not_read(queries: int, heads: int, size: int, gpu: None) -> None:
     for dtype in DTYPES.values():
-        q, k, v = torch.randn(3, 2, 40, 64, device="cuda", dtype=dtype)
-        lengths = torch.tensor([40, 11], device="cuda")
-        clean = torch.ops.kpdeploy.attention(q, k, v, lengths, 2, 2, 0.2, False)
+        q, k, v = torch.randn(3, 2, queries, heads * size, device="cuda", dtype=dtype)
+        lengths = torch.tensor([queries, 11], device="cuda")
+        clean = torch.ops.kpdeploy.attention(q, k, v, lengths, heads, heads, 0.2, False)
         k[1, 11:] = torch.nan
         v[1, 11:] = torch.nan
-        assert torch.equal(torch.ops.kpdeploy.attention(q, k, v, lengths, 2, 2, 0.2, False), clean)
+        assert torch.equal(torch.ops.kpdeploy.attention(q, k, v, lengths, heads, heads, 0.2, False), clean)
 
 
-@pytest.mark.parametrize("wrong", [-1, 6])
-def test_a_length_out_of_range_gives_nan_in_its_row_alone(wrong: int, gpu: None) -> None:
+@CALLS
+def test_nan_and_infinity_in_a_key_that_counts_come_out(queries: int, heads: int, size: int, gpu: None) -> None:
     for dtype in DTYPES.values():
-        q, k, v = torch.randn(3, 2, 5, 64, device="cuda", dtype=dtype)
-        lengths = torch.tensor([wrong, 5], device="cuda")
-        out = torch.ops.kpdeploy.attention(q, k, v, lengths, 2, 2, 0.2, False)
+        q, k, v = torch.randn(3, 1, queries, heads * size, device="cuda", dtype=dtype)
+        k[0, 7] = torch.nan
+        assert torch.ops.kpdeploy.attention(q, k, v, None, heads, heads, 0.2, False).isnan().all()
+        k[0, 7], v[0, 7] = 0, torch.inf
+        assert torch.ops.kpdeploy.attention(q, k, v, None, heads, heads, 0.2, False).isinf().all()
+
+
+@CALLS
+def test_scores_that_rise_from_block_to_block(queries: int, heads: int, size: int, gpu: None) -> None:
+    """The maximum so far is far too low for every next block of keys, whichever end is first."""
+    for sign in (1, -1):
+        q = torch.full((1, queries, heads * size), 1.0, device="cuda")
+        k = torch.linspace(-sign, sign, 1000, device="cuda")[None, :, None].expand(1, 1000, heads * size).contiguous()
+        v = torch.randn(1, 1000, heads * size, device="cuda")
+        plain = (q, k, v, None, heads, heads, 2.0, False)
+        for dtype in ("bfloat16", "float16"):
+            arguments = on_gpu(to_dtype(plain, DTYPES[dtype]))
+            out = torch.ops.kpdeploy.attention(*arguments)
+            assert error(out.cpu(), expected(OPS["attention"], arguments)[0]) <= 2 * tolerance("kpdeploy", dtype, "")
+
+
+@CALLS
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_length_out_of_range_gives_nan_in_its_row_alone(
+    beyond: bool, queries: int, heads: int, size: int, gpu: None
+) -> None:
+    for dtype in DTYPES.values():
+        q, k, v = torch.randn(3, 2, queries, heads * size, device="cuda", dtype=dtype)
+        lengths = torch.tensor([queries + 1 if beyond else -1, queries], device="cuda")
+        out = torch.ops.kpdeploy.attention(q, k, v, lengths, heads, heads, 0.2, False)
         assert out[0].isnan().all()
-        assert torch.equal(out[1], torch.ops.kpdeploy.attention(q, k, v, None, 2, 2, 0.2, False)[1])
+        assert torch.equal(out[1], torch.ops.kpdeploy.attention(q, k, v, None, heads, heads, 0.2, False)[1])
 
 
 X, W = torch.ones(4, 8), torch.ones(6, 8)

@@ -1,0 +1,322 @@
+"""attention on an H100 beside the best backend of torch's scaled_dot_product_attention: errors, times, floors.
+
+    python benchmarks/hopper_attention.py --json hopper_attention_h100.json --sanitize
+
+Times are medians of CUDA graph replays, ours and the peers' in turns; each replay has several calls, in decoding on
+several sets of keys, so that they come from memory and not from the cache. Errors are ‖out - ref‖ / ‖ref‖ against
+float64 on 64 query rows of every head, on fresh random inputs, into outputs that held NaN. The floor of a row is the
+larger of its bytes over the measured rate of a copy and its operations over that of a large matrix product. Exit code
+1: an error above its limit, or a finding of compute-sanitizer; a goal that is not reached is only told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda_kernels import TOOLS, Row, cuda, split, under, versions, written
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kpdeploy.decision import Applied
+from kpdeploy.ops import OPS, register
+from kpdeploy.ops.cases import to_dtype, tolerance
+
+PEERS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+MOST = 1e-2
+"""Of an error; and it must not be above 1.5 times the best peer's."""
+ROWS_CHECKED = 64
+REPLAYS = 15
+CACHE_BYTES = 50e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A row of the table. `goal`: how many times the best peer's rate. `mean`: of random lengths; 0: all keys."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    size: int
+    causal: bool = False
+    mean: int = 0
+    goal: float = 1.0
+
+    @property
+    def name(self) -> str:
+        heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
+        length = f"{self.keys}" if self.queries == self.keys else f"{self.queries}x{self.keys}"
+        more = ", causal" * self.causal + f", lengths of {self.mean} on average" * (self.mean > 0)
+        return f"{self.batch}x{heads}x{length}x{self.size}{more}"
+
+    def lengths(self) -> list[int]:
+        """Of each row of the batch: from 2 to all keys, with the mean asked for."""
+        if not self.mean:
+            return [self.keys] * self.batch
+        chosen = random.Random(0)
+        found = [chosen.randint(2, self.keys) for _ in range(self.batch)]
+        while missing := self.mean * self.batch - sum(found):
+            i = chosen.randrange(self.batch)
+            found[i] = min(self.keys, max(2, found[i] + int(math.copysign(1, missing))))
+        return found
+
+    @property
+    def operations(self) -> float:
+        """Two products; of a causal square the half."""
+        share = 0.5 if self.causal and self.queries == self.keys else 1
+        return 4 * self.queries * sum(self.lengths()) * self.heads * self.size * share
+
+    @property
+    def bytes(self) -> float:
+        """Each element once: queries, output, and the keys and values that count."""
+        return 4 * self.size * (self.batch * self.queries * self.heads + sum(self.lengths()) * self.kv_heads)
+
+
+def prefill(batch: int, heads: int, length: int, size: int, goal: float, causal: bool = False, mean: int = 0) -> Shape:
+    return Shape(
+        batch=batch,
+        queries=length,
+        keys=length,
+        heads=heads,
+        kv_heads=heads,
+        size=size,
+        causal=causal,
+        goal=goal,
+        mean=mean,
+    )
+
+
+LONG = ((4, 32, 2048, 128), (1, 32, 8192, 128), (1, 32, 16384, 128))
+SHAPES = (
+    *(prefill(*shape, goal=1.1, causal=causal) for causal in (False, True) for shape in LONG),
+    prefill(4, 16, 4096, 64, goal=1.0),
+    prefill(4, 16, 4096, 64, goal=1.0, causal=True),
+    prefill(32, 12, 128, 64, goal=1.4),
+    prefill(8, 16, 512, 64, goal=1.4),
+    prefill(32, 12, 512, 64, goal=2.5, mean=257),
+    Shape(batch=1, queries=1, keys=8192, heads=32, kv_heads=8, size=128, goal=2.0),
+    Shape(batch=1, queries=8, keys=8192, heads=32, kv_heads=8, size=128),
+    Shape(batch=8, queries=1, keys=1024, heads=32, kv_heads=8, size=128),
+    Shape(batch=32, queries=1, keys=2048, heads=32, kv_heads=8, size=128),
+    Shape(batch=1, queries=1, keys=8192, heads=32, kv_heads=32, size=128),
+    Shape(batch=1, queries=1, keys=8192, heads=16, kv_heads=16, size=64),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def inputs_of(shape: Shape, dtype: torch.dtype) -> Inputs:
+    def new(length: int, heads: int) -> torch.Tensor:
+        return torch.randn(shape.batch, length, heads * shape.size, device="cuda", dtype=dtype)
+
+    return Inputs(
+        query=new(shape.queries, shape.heads),
+        key=new(shape.keys, shape.kv_heads),
+        value=new(shape.keys, shape.kv_heads),
+    )
+
+
+def ours(shape: Shape, given: Inputs) -> Callable[[], torch.Tensor]:
+    lengths = torch.tensor(shape.lengths(), device="cuda") if shape.mean else None
+    scale = shape.size**-0.5
+    op = torch.ops.kpdeploy.attention
+    return lambda: op(
+        given.query, given.key, given.value, lengths, shape.heads, shape.kv_heads, scale, shape.causal
+    )  # fmt: skip
+
+
+def peers(shape: Shape, given: Inputs, backend: SDPBackend) -> Callable[[], torch.Tensor]:
+    """[batch, heads, queries, size], as torch returns it. Lengths are a mask of keys."""
+    q, k, v = (split(given.query, shape.heads), split(given.key, shape.kv_heads), split(given.value, shape.kv_heads))
+    mask = None
+    if shape.mean:
+        lengths = torch.tensor(shape.lengths(), device="cuda")
+        mask = (torch.arange(shape.keys, device="cuda") < lengths[:, None])[:, None, None]
+
+    def run() -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(
+                q, k, v, mask, is_causal=shape.causal, enable_gqa=shape.heads != shape.kv_heads
+            )
+
+    return run
+
+
+def reference(shape: Shape, given: Inputs, rows: torch.Tensor) -> torch.Tensor:
+    """In float64, a head at a time: [batch, heads, rows, size]."""
+    q = split(given.query, shape.heads)[:, :, rows]
+    k, v = split(given.key, shape.kv_heads), split(given.value, shape.kv_heads)
+    out = torch.empty(q.shape, dtype=torch.float64, device="cuda")
+    column = torch.arange(shape.keys, device="cuda")
+    seen = column <= rows[:, None] + shape.keys - shape.queries if shape.causal else column >= 0
+    for b, length in enumerate(shape.lengths()):
+        for h in range(shape.heads):
+            of = h // (shape.heads // shape.kv_heads)
+            scores = q[b, h].double() @ k[b, of].double().T * shape.size**-0.5
+            scores = scores.masked_fill(~(seen & (column < length)), -torch.inf)
+            out[b, h] = scores.softmax(-1) @ v[b, of].double()
+    return out
+
+
+def error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    return float(f"{((out.double() - ref).norm() / ref.norm()).item():.3g}")
+
+
+def graphs_ms(calls: dict[str, list[Callable[[], Any]]], repeats: int) -> dict[str, float]:
+    """Medians of one call; `calls` are of one kind each, run after another, `repeats` times in a graph."""
+    graphs = {}
+    for name, runs in calls.items():
+        for run in runs:
+            run()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for _ in range(repeats):
+                for run in runs:
+                    run()
+    found: dict[str, list[float]] = {name: [] for name in graphs}
+    for replay in range(REPLAYS + 1):
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay:
+                found[name].append(begin.elapsed_time(end) / repeats / len(calls[name]))
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def ceilings() -> Row:
+    """What the device does at most: bytes read and written by a copy, operations of a large product."""
+    x = torch.randn(1 << 28, device="cuda")
+    y = torch.empty_like(x)
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    copies: dict[str, list[Callable[[], Any]]] = {
+        "copy": [lambda: y.copy_(x)],
+        "pass": [lambda: torch.mul(x, 2, out=y)],
+    }
+    copy = min(graphs_ms(copies, 3).values())
+    product = graphs_ms({"product": [lambda: a @ b]}, 3)["product"]
+    return {"copy_gb_per_s": round(2 * x.nbytes / copy / 1e6), "matmul_tflop_per_s": round(2 * 8192**3 / product / 1e9)}
+
+
+def measured(shape: Shape, most: Row) -> Row:
+    rows = torch.randperm(shape.queries, device="cuda")[:ROWS_CHECKED]
+    decoding = shape.queries * 100 < shape.keys
+    sets = max(1, min(8, math.ceil(4 * CACHE_BYTES / shape.bytes))) if decoding else 1
+    given = [inputs_of(shape, torch.bfloat16) for _ in range(sets)]
+    ref = reference(shape, given[0], rows)
+    with cuda.outputs_poisoned():
+        found = {"ours": error(split(ours(shape, given[0])(), shape.heads)[:, :, rows], ref)}
+    calls: dict[str, list[Callable[[], Any]]] = {"ours": [ours(shape, one) for one in given]}
+    for name, backend in PEERS.items():
+        try:
+            found[name] = error(peers(shape, given[0], backend)()[:, :, rows], ref)
+        except RuntimeError:  # no kernel of this backend takes the call
+            continue
+        calls[name] = [peers(shape, one, backend) for one in given]
+    del ref
+    times = graphs_ms(calls, max(1, min(20, round(2e12 / shape.operations / sets))))
+    best = min((name for name in times if name != "ours"), key=lambda name: times[name])
+    floor = max(shape.bytes / most["copy_gb_per_s"] / 1e6, shape.operations / most["matmul_tflop_per_s"] / 1e9)
+    return {
+        "shape": shape.name,
+        "dtype": "bfloat16",
+        "ours_us": round(times["ours"] * 1e3, 2),
+        "peer": best,
+        "peer_us": round(times[best] * 1e3, 2),
+        "times_peer": round(times[best] / times["ours"], 3),
+        "goal": shape.goal,
+        "floor_us": round(floor * 1e3, 2),
+        "tflop_per_s": round(shape.operations / times["ours"] / 1e9, 1),
+        "gb_per_s": round(shape.bytes / times["ours"] / 1e6),
+        "error": found["ours"],
+        "peer_error": found[best],
+        "all_us": {name: round(ms * 1e3, 2) for name, ms in times.items()},
+        "sets": sets,
+    }
+
+
+def small() -> int:
+    """The cases that a sanitizer gets through, float16 and bfloat16, heads of 64 and 128 among them."""
+    op, bad = OPS["attention"], 0
+    for dtype in ("bfloat16", "float16"):
+        cases = [case for case in cuda.gpu_cases("attention") if cuda.size_of(case[2]) < 200_000]
+        for _, what, plain in cases:
+            call = to_dtype(plain, cuda.DTYPES[dtype])
+            found = cuda.worst(cuda.through_torch(op, call), cuda.expected(op, call))
+            if not found <= tolerance("kpdeploy", dtype, what):
+                bad += 1
+                print("FAILED", dtype, what, found)
+        print(f"{len(cases)} cases in {dtype}, {bad} failed", flush=True)
+    return 1 if bad else 0
+
+
+def sanitized(tool: str) -> str:
+    code, text = under(tool, "--small", script=__file__)
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) + re.findall(r"\d+ cases in .*", text)
+    return "; ".join([*found, f"exit code {code}"])
+
+
+def passed(row: Row) -> bool:
+    return bool(row["error"] <= min(MOST, 1.5 * row["peer_error"]))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--small", action="store_true", help="only the errors of small cases")
+    parser.add_argument("--sanitize", action="store_true", help="the small cases under compute-sanitizer, too")
+    parser.add_argument("--built-with", default="", help="with what the library was built, for the table")
+    options = parser.parse_args()
+    decision = register()
+    if not isinstance(decision, Applied) or not torch.cuda.is_available():
+        sys.exit(f"nothing to measure: {decision}; torch {torch.__version__} sees a GPU: {torch.cuda.is_available()}")
+    if options.small:
+        return small()
+    most = ceilings()
+    report: Row = {**versions(options.built_with), "cudnn": torch.backends.cudnn.version(), **most, "rows": []}
+    for shape in SHAPES:
+        row = measured(shape, most)
+        report["rows"].append(row)
+        print({key: row[key] for key in row if key != "all_us"}, flush=True)
+        torch.cuda.empty_cache()
+        if options.json:
+            written(options.json, report)
+    silent = True
+    if options.sanitize:
+        if not shutil.which("compute-sanitizer"):
+            sys.exit("compute-sanitizer is not installed: NOT RUN")
+        report["sanitizer"] = {tool: sanitized(tool) for tool in TOOLS}
+        silent = all(summary.endswith("exit code 0") for summary in report["sanitizer"].values())
+        if options.json:
+            written(options.json, report)
+    bad = [row["shape"] for row in report["rows"] if not passed(row)]
+    print("errors above their limit:", bad or "none")
+    return 1 if bad or not silent else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

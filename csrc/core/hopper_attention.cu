@@ -1,0 +1,983 @@
+// attention for compute capability 9.0, 16-bit dtypes, heads of 64 and 128.
+//
+// A block of threads stays on its multiprocessor and takes run after run of queries, each of one head. One warp has
+// the copy engine fill a ring of blocks of keys and values, and fetch the queries of the next run; the other
+// warpgroups have 64 queries each: scores S = Q K^T, and out += P V with P from registers, on the tensor cores
+// (wgmma). While a warpgroup takes the exponentials of one block of keys, its product of the block before is under
+// way, also from one run to the next; with heads of 128 the two warpgroups issue their products in turns, so that one
+// has the tensor cores while the other takes exponentials. (A softmax with a running maximum: Milakov and Gimelshein
+// 2018. Overlap between and within warpgroups: FlashAttention-3, Shah et al. 2024.) The weights of a block are first
+// taken with the maximum so far, which is raised only when they come out above kMost: a pass over the scores less,
+// and the output is seldom scaled anew.
+//
+// Few queries, as in decoding: attend_with_few, further down, divides the keys of a head among a cluster of blocks.
+
+#include "hopper_attention.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "hopper.cuh"
+#include "wgmma.cuh"
+
+namespace kpdeploy {
+namespace {
+
+constexpr int kRows = 64;       // queries of a warpgroup
+constexpr int kLine = 64;       // columns of a swizzled line of 128 bytes
+constexpr float kMost = 8192;   // of a thread's weights in a block together, before the maximum is raised
+constexpr float kLog2E = 1.44269504f;  // e^x = 2^(x log2 e)
+constexpr int kTileCost = 320;  // of a run of queries beside its keys, in keys
+
+// d [64][columns] += left [64][16], in registers, times right [16 keys][columns], rows of keys in shared memory.
+#define KPDEPLOY_VALUES(columns, sums, a0, a1, a2, a3, right_at, types)                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." types " {" KPDEPLOY_LIST_##sums "}, {%" #a0    \
+               ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #right_at ", 1, 1, 1, 1;\n"                                       \
+               : KPDEPLOY_SUMS_##sums(0)                                                                              \
+               : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
+
+template <class T, int columns>
+__device__ inline void wgmma_values(float (&d)[columns / 2], const uint32_t* left, uint64_t right) {
+  constexpr bool is_bf16 = std::is_same_v<T, bf16>;
+  if constexpr (columns == 64 && is_bf16)
+    KPDEPLOY_VALUES(64, 32, 32, 33, 34, 35, 36, "bf16.bf16");
+  else if constexpr (columns == 64)
+    KPDEPLOY_VALUES(64, 32, 32, 33, 34, 35, 36, "f16.f16");
+  else if constexpr (is_bf16)
+    KPDEPLOY_VALUES(128, 64, 64, 65, 66, 67, 68, "bf16.bf16");
+  else
+    KPDEPLOY_VALUES(128, 64, 64, 65, 66, 67, 68, "f16.f16");
+}
+
+#undef KPDEPLOY_VALUES
+
+// Of rows of keys: columns of 64, `line_bytes` apart, each of groups of 8 rows, 1024 bytes apart.
+__device__ inline uint64_t values_descriptor(uint32_t address, int line_bytes) {
+  return (address & 0x3ffff) >> 4 | uint64_t(line_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+}
+
+__device__ inline float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <class T>
+__device__ inline uint32_t pack_pair(float low, float high) {
+  uint32_t v;
+  if constexpr (std::is_same_v<T, bf16>)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+
+// From shared memory of block `rank` of the cluster, at this address.
+__device__ inline float4 load_from(uint32_t address, int rank) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
+__device__ inline float2 load_pair_from(uint32_t address, int rank) {
+  float2 v;
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %2, %3;\n"
+      "ld.shared::cluster.v2.f32 {%0, %1}, [there];\n}\n"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(address), "r"(rank)
+      : "memory");
+  return v;
+}
+
+// A box of rows [row, ...) of head `head`: kLine columns, rows, lines of a head.
+__device__ inline void copy_rows(uint32_t to, const CUtensorMap& map, int row, int line, int batch, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
+      "[%6];\n" ::"r"(to),
+      "l"(&map), "r"(0), "r"(row), "r"(line), "r"(batch), "r"(barrier)
+      : "memory");
+}
+
+__device__ inline void store_rows(const CUtensorMap& map, uint32_t from, int row, int line, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n" ::"l"(&map),
+               "r"(0), "r"(row), "r"(line), "r"(batch), "r"(from)
+               : "memory");
+}
+
+struct Call {
+  CUtensorMap query, key, value, out;
+  const int64_t* lengths;
+  int64_t lengths_stride;
+  int batch, queries, keys, heads, group;  // group: heads for each of keys
+  int tiles, runs;                         // runs of queries in a head
+  float scale;                             // of powers of two
+  uint32_t zero;
+  bool causal, shares;                     // shares: of the work, for each block; see Walk
+};
+
+// One run of queries.
+struct Tile {
+  int batch, head, first, seen, blocks;  // seen: leading keys that its row of the batch has
+  bool valid;
+
+  Tile() = default;
+  __device__ Tile(const Call& a, int index, int rows, int block_keys) {
+    first = (a.runs - 1 - index % a.runs) * rows;  // of causal ones the longest come first
+    head = index / a.runs % a.heads;
+    batch = index / a.runs / a.heads;
+    const int64_t keys = a.lengths ? a.lengths[batch * a.lengths_stride] : a.keys;
+    valid = keys >= 0 && keys <= a.keys;
+    seen = valid ? static_cast<int>(keys) : 0;
+    const int end = seen_by(a, min(first + rows, a.queries) - 1);
+    blocks = max(1, (end + block_keys - 1) / block_keys);  // one at least, all of it masked
+  }
+  // How many leading keys query i sees.
+  __device__ int seen_by(const Call& a, int i) const {
+    return a.causal ? max(0, min(seen, i + a.keys - a.queries + 1)) : seen;
+  }
+};
+
+// Sizes, and what follows from them.
+template <class T_, int kSize_, int kKeys_, int kGroups_, int kStages_>
+struct Form {
+  using T = T_;
+  static constexpr int kSize = kSize_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_;
+  static constexpr int kLines = kSize / kLine, kConsumers = kGroups * 128;
+  static constexpr int kQueryBytes = kRows * kSize * 2, kBlockBytes = kKeys * kSize * 2;
+};
+
+// Of runs of queries. kTurns: warpgroups issue their products in turns.
+template <class T, int kSize, int kKeys, int kGroups, int kStages, bool kTurns_>
+struct RunForm : Form<T, kSize, kKeys, kGroups, kStages> {
+  using F = Form<T, kSize, kKeys, kGroups, kStages>;
+  static constexpr bool kTurns = kTurns_;
+  static constexpr int kThreads = F::kConsumers + 128, kRun = kGroups * kRows;
+  // Registers of a thread: some go from the warpgroup that loads to those that multiply.
+  static constexpr int kFew = kGroups > 2 ? 32 : 40, kMany = kGroups == 2 ? 232 : 112;
+  static constexpr size_t kBytes = 1024 + 2 * kGroups * F::kQueryBytes + 2 * kStages * F::kBlockBytes + 64 * 8;
+  static_assert(kGroups == 2 || kGroups == 4);
+};
+
+// Where things are in shared memory. Two places for the queries of a run, which its output then takes.
+template <class F>
+struct Memory {
+  uint32_t query, key, value, barriers;
+  __device__ Memory(uint32_t start) {
+    query = (start + 1023) / 1024 * 1024;
+    key = query + 2 * F::kGroups * F::kQueryBytes;
+    value = key + F::kStages * F::kBlockBytes;
+    barriers = value + F::kStages * F::kBlockBytes;
+  }
+  __device__ uint32_t query_of(int place, int group) const {
+    return query + (place * F::kGroups + group) * F::kQueryBytes;
+  }
+  __device__ uint32_t query_full(int i) const { return barriers + i * 8; }
+  __device__ uint32_t query_empty(int i) const { return barriers + (2 + i) * 8; }
+  __device__ uint32_t out_full(int i) const { return barriers + (4 + i) * 8; }
+  __device__ uint32_t key_full(int i) const { return barriers + (6 + i) * 8; }
+  __device__ uint32_t key_empty(int i) const { return barriers + (6 + F::kStages + i) * 8; }
+  __device__ uint32_t value_full(int i) const { return barriers + (6 + 2 * F::kStages + i) * 8; }
+  __device__ uint32_t value_empty(int i) const { return barriers + (6 + 3 * F::kStages + i) * 8; }
+  __device__ uint32_t share() const { return barriers + (6 + 4 * F::kStages) * 8; }  // two ints
+};
+
+// A place in a ring, and the parity of how often it went round.
+template <int kStages>
+struct Place {
+  int stage = 0, round = 0;
+  __device__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
+// The tiles of a block: every gridDim.x-th, to and fro; where lengths differ, its share of the work in a row.
+template <class F>
+struct Walk {
+  int round = 0, index, end;
+  bool shares;
+  __device__ Walk(const Call& a, const Memory<F>& m) : shares(a.shares) {
+    if (shares) {
+      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(index), "=r"(end) : "r"(m.share()));
+    } else {
+      index = blockIdx.x;
+      end = a.tiles;
+    }
+  }
+  __device__ bool there() const { return index < end; }
+  __device__ void next() {
+    ++round;
+    index = shares ? index + 1 : round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
+};
+
+// What a run of queries of one row of the batch costs, in keys.
+template <class F>
+__device__ int64_t cost_of(const Call& a, int batch) {
+  return Tile(a, batch * a.heads * a.runs, F::kRun, F::kKeys).blocks * F::kKeys + kTileCost;
+}
+
+// The first tile that starts at or after `work`; by a whole warp.
+template <class F>
+__device__ int tile_at(const Call& a, int64_t work) {
+  const int lane = threadIdx.x % 32, tiles = a.heads * a.runs;
+  int64_t before = 0;
+  for (int first = 0; first < a.batch; first += 32) {
+    const int64_t cost = first + lane < a.batch ? cost_of<F>(a, first + lane) : 0;
+    int64_t upto = cost * tiles;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, upto, i);
+      if (lane >= i) upto += other;
+    }
+    const unsigned over = __ballot_sync(~0u, before + upto > work);
+    if (over) {
+      const int found = __ffs(over) - 1;
+      const int64_t found_cost = __shfl_sync(~0u, cost, found);
+      const int64_t start = before + __shfl_sync(~0u, upto, found) - found_cost * tiles;
+      return (first + found) * tiles + static_cast<int>((work - start + found_cost - 1) / found_cost);
+    }
+    before += __shfl_sync(~0u, upto, 31);
+  }
+  return a.tiles;
+}
+
+// What the block's tiles are, where lengths differ.
+template <class F>
+__device__ void take_share(const Call& a, const Memory<F>& m) {
+  int64_t whole = 0;
+  for (int b = threadIdx.x % 32; b < a.batch; b += 32) whole += cost_of<F>(a, b);
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) whole += __shfl_xor_sync(~0u, whole, i);
+  whole *= a.heads * a.runs;
+  const int begin = tile_at<F>(a, whole * blockIdx.x / gridDim.x);
+  const int end = tile_at<F>(a, whole * (blockIdx.x + 1) / gridDim.x);
+  asm volatile("st.shared.v2.b32 [%2], {%0, %1};\n" ::"r"(begin), "r"(end), "r"(m.share()) : "memory");
+}
+
+template <class F>
+__device__ void load_all(const Call& a, const Memory<F>& m) {
+  Place<F::kStages> place;
+  Place<2> own;
+  for (Walk<F> walk(a, m); walk.there(); walk.next(), own.next()) {
+    const Tile tile(a, walk.index, F::kRun, F::kKeys);
+    const int kv_line = tile.head / a.group * F::kLines;
+    wait_for(m.query_empty(own.stage), own.round ^ 1);
+    arrive_expecting(m.query_full(own.stage), F::kGroups * F::kQueryBytes);
+#pragma unroll
+    for (int g = 0; g < F::kGroups; ++g)
+      copy_rows(m.query_of(own.stage, g), a.query, tile.first + g * kRows, tile.head * F::kLines, tile.batch,
+                m.query_full(own.stage));
+    for (int n = tile.blocks - 1; n >= 0; --n) {
+      wait_for(m.key_empty(place.stage), place.round ^ 1);
+      arrive_expecting(m.key_full(place.stage), F::kBlockBytes);
+      copy_rows(m.key + place.stage * F::kBlockBytes, a.key, n * F::kKeys, kv_line, tile.batch,
+                m.key_full(place.stage));
+      wait_for(m.value_empty(place.stage), place.round ^ 1);
+      arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
+      copy_rows(m.value + place.stage * F::kBlockBytes, a.value, n * F::kKeys, kv_line, tile.batch,
+                m.value_full(place.stage));
+      place.next();
+    }
+  }
+}
+
+template <class F>
+__device__ void store_all(const Call& a, const Memory<F>& m) {
+  Place<2> own;
+  for (Walk<F> walk(a, m); walk.there(); walk.next(), own.next()) {
+    const Tile tile(a, walk.index, F::kRun, F::kKeys);
+    wait_for(m.out_full(own.stage), own.round);
+#pragma unroll
+    for (int g = 0; g < F::kGroups; ++g)
+      if (tile.first + g * kRows < a.queries)
+        store_rows(a.out, m.query_of(own.stage, g), tile.first + g * kRows, tile.head * F::kLines, tile.batch);
+    commit_boxes();
+    wait_boxes_read<0>();
+    arrive(m.query_empty(own.stage));
+  }
+}
+
+// What a thread keeps of its two rows.
+template <class F>
+struct State {
+  float out[F::kSize / 2], score[F::kKeys / 2];
+  uint32_t weight[F::kKeys / 4], next[F::kKeys / 4];
+  float largest[2], total[2], shrink[2];
+  bool grew;
+};
+
+// scores = queries times one block of keys.
+template <class F>
+__device__ inline void multiply_keys(State<F>& s, uint32_t query, uint32_t key) {
+  wgmma_fence();
+  const uint64_t left = matrix_descriptor(query), right = matrix_descriptor(key);
+#pragma unroll
+  for (int k = 0; k < F::kSize / 16; ++k)
+    wgmma<typename F::T, F::kKeys>(s.score, left + k / 4 * (kRows * 128 >> 4) + k % 4 * 2,
+                                   right + k / 4 * (F::kKeys * 128 >> 4) + k % 4 * 2, k > 0);
+  wgmma_commit();
+}
+
+// out += weights times one block of values.
+template <class F>
+__device__ inline void multiply_values(State<F>& s, uint32_t value) {
+  wgmma_fence();
+  const uint64_t right = values_descriptor(value, F::kKeys * 128);
+#pragma unroll
+  for (int k = 0; k < F::kKeys / 16; ++k)
+    wgmma_values<typename F::T, F::kSize>(s.out, s.weight + k * 4, right + k * (16 * 128 >> 4));
+  wgmma_commit();
+}
+
+template <class F>
+__device__ inline float base_of(const State<F>& s, int half, float scale) {
+  return s.largest[half] == -INFINITY ? 0 : s.largest[half] * scale;
+}
+
+// next = 2^(scores * scale - base); the sums of this thread's.
+template <class F>
+__device__ inline void exponentials(State<F>& s, float scale, float (&added)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float base = base_of(s, half, scale);
+    float sum[2] = {};
+#pragma unroll
+    for (int j = 0; j < F::kKeys / 8; ++j) {
+      const float low = exp2_of(fmaf(s.score[j * 4 + half * 2], scale, -base));
+      const float high = exp2_of(fmaf(s.score[j * 4 + half * 2 + 1], scale, -base));
+      sum[0] += low;
+      sum[1] += high;
+      s.next[j * 2 + half] = pack_pair<typename F::T>(low, high);
+    }
+    added[half] = sum[0] + sum[1];
+  }
+}
+
+// The maximum of the scores so far.
+template <class F>
+__device__ inline void raise(State<F>& s, float scale) {
+  float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int i = 0; i < F::kKeys / 2; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s.score[i]);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float found = fmaxf(lanes_max<4>(top[half]), s.largest[half]);
+    s.shrink[half] = found > s.largest[half] ? exp2_of((s.largest[half] - found) * scale) : 1;
+    s.largest[half] = found;
+  }
+  s.grew = true;
+}
+
+// Scores become weights. `left`: the keys of this block that each row sees, less this thread's first column. `fresh`:
+// the first block of a row. Else the weights are first tried with the maximum so far: they may grow to kMost.
+template <bool masks, bool fresh, class F>
+__device__ inline void weigh(State<F>& s, float scale, int left0, int left1) {
+  if (masks) {
+#pragma unroll
+    for (int i = 0; i < F::kKeys / 2; ++i)
+      if (i / 4 * 8 + i % 2 >= (i % 4 < 2 ? left0 : left1)) s.score[i] = -INFINITY;
+  }
+  float added[2];
+  if (fresh) {
+    s.largest[0] = s.largest[1] = -INFINITY;
+    s.total[0] = s.total[1] = 0;
+    raise(s, scale);
+    exponentials(s, scale, added);
+  } else {
+    s.grew = false;
+    s.shrink[0] = s.shrink[1] = 1;
+    exponentials(s, scale, added);
+    const bool fits = added[0] <= kMost && added[1] <= kMost && fminf(s.largest[0], s.largest[1]) > -INFINITY;
+    if (__any_sync(~0u, !fits)) {
+      raise(s, scale);
+      exponentials(s, scale, added);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) s.total[half] = s.total[half] * s.shrink[half] + added[half];
+}
+
+// `zero`, which the compiler does not know, keeps these copies where they are, after the product that reads the weights
+// before: it would take next for weight, and no longer have products under way while next is computed.
+template <class F>
+__device__ inline void keep_weights(State<F>& s, uint32_t zero) {
+#pragma unroll
+  for (int i = 0; i < F::kKeys / 4; ++i) s.weight[i] = s.next[i] ^ zero;
+}
+
+template <class F>
+__device__ inline void shrink_out(State<F>& s) {
+  if (!s.grew) return;
+#pragma unroll
+  for (int i = 0; i < F::kSize / 2; ++i) s.out[i] *= s.shrink[i / 2 % 2];
+}
+
+// Values of keys that do not count may be anything: zeros, from row `from` of the block.
+template <class F>
+__device__ inline void clear_values(uint32_t value, int from, int thread) {
+  for (int i = from * 8 + thread; i < F::kKeys * 8; i += 128)
+#pragma unroll
+    for (int line = 0; line < F::kLines; ++line)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(value + line * F::kKeys * 128 + i * 16), "r"(0)
+                   : "memory");
+  fence_stores();
+}
+
+enum { kTurnBarrier = 1, kGroupBarrier = 5 };  // ids of named barriers: one a warpgroup each
+
+// Divides by the sums of the weights, into shared memory.
+template <class F>
+__device__ inline void finish(State<F>& s, const float (&total)[2], bool valid, uint32_t to, int lane, int warp) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float sum = lanes_sum<4>(total[half]);
+    const float share = !valid ? NAN : sum == 0 ? 0 : 1 / sum;
+#pragma unroll
+    for (int i = 0; i < F::kSize / 4; ++i) s.out[i / 2 * 4 + half * 2 + i % 2] *= share;
+  }
+  const int row = warp * 16 + lane % 16;
+#pragma unroll
+  for (int j = 0; j < F::kSize / 8; j += 2) {
+    const int unit = (j + lane / 16) % 8;
+    store_matrices(to + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
+                   pack_pair<typename F::T>(s.out[j * 4], s.out[j * 4 + 1]),
+                   pack_pair<typename F::T>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
+                   pack_pair<typename F::T>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
+                   pack_pair<typename F::T>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
+  }
+  fence_stores();
+  __syncwarp();
+}
+
+// The blocks of all tiles in one sequence: the first product of a tile is under way with the last one of the one
+// before.
+template <class F>
+__device__ void attend_all(const Call& a, const Memory<F>& m) {
+  const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+  const auto await_turn = [&] {
+    if (F::kTurns) asm volatile("bar.sync %0, 256;\n" ::"r"(kTurnBarrier + group) : "memory");
+  };
+  const auto end_turn = [&] {
+    if (F::kTurns) asm volatile("bar.arrive %0, 256;\n" ::"r"(kTurnBarrier + (group + 1) % F::kGroups) : "memory");
+  };
+  const auto release = [&](uint32_t barrier) {
+    if (lane == 0) arrive(barrier);
+  };
+  Walk<F> walk(a, m);
+  if (!walk.there()) return;
+  if (group == F::kGroups - 1) end_turn();
+
+  State<F> s;
+  Place<F::kStages> keys, values;
+  Place<2> own;
+  Tile tile;
+  int seen[2], clear;  // clear: blocks that need no mask
+  const auto enter = [&] {
+    tile = Tile(a, walk.index, F::kRun, F::kKeys);
+    const int first = tile.first + group * kRows, row = first + warp * 16 + lane / 4, column = lane % 4 * 2;
+    seen[0] = tile.seen_by(a, row) - column;
+    seen[1] = tile.seen_by(a, row + 8) - column;
+    clear = tile.seen_by(a, first) / F::kKeys;
+#pragma unroll
+    for (int i = 0; i < F::kSize / 2; ++i) s.out[i] = 0;
+  };
+  const auto clear_tail = [&](int n) {
+    if (tile.seen >= a.keys || tile.seen >= (n + 1) * F::kKeys) return;
+    wait_for(m.value_full(values.stage), values.round);
+    clear_values<F>(m.value + values.stage * F::kBlockBytes, tile.seen - n * F::kKeys, thread);
+    group_sync(kGroupBarrier + group, 128);
+  };
+  const auto multiply_both = [&] {
+    wait_for(m.key_full(keys.stage), keys.round);
+    await_turn();
+    multiply_keys<F>(s, m.query_of(own.stage, group), m.key + keys.stage * F::kBlockBytes);
+    wait_for(m.value_full(values.stage), values.round);
+    multiply_values<F>(s, m.value + values.stage * F::kBlockBytes);
+    end_turn();
+    wgmma_wait<1>();
+    release(m.key_empty(keys.stage));
+    keys.next();
+  };
+  const auto await_values = [&] {
+    wgmma_wait<0>();
+    release(m.value_empty(values.stage));
+    values.next();
+  };
+
+  enter();
+  wait_for(m.query_full(own.stage), own.round);
+  wait_for(m.key_full(keys.stage), keys.round);
+  multiply_keys<F>(s, m.query_of(own.stage, group), m.key + keys.stage * F::kBlockBytes);
+  wgmma_wait<0>();
+  release(m.key_empty(keys.stage));
+  keys.next();
+  int n = tile.blocks - 1;
+  weigh<true, true>(s, a.scale, seen[0] - n * F::kKeys, seen[1] - n * F::kKeys);
+  keep_weights(s, a.zero);
+  clear_tail(n);
+  for (;;) {
+    const auto step = [&](auto masks) {
+      multiply_both();
+      weigh<masks.value, false>(s, a.scale, seen[0] - n * F::kKeys, seen[1] - n * F::kKeys);
+      await_values();
+      shrink_out(s);
+      keep_weights(s, a.zero);
+    };
+    for (--n; n >= clear; --n) step(std::true_type{});
+    for (; n >= 0; --n) step(std::false_type{});
+
+    const float total[2] = {s.total[0], s.total[1]};
+    const bool valid = tile.valid;
+    const int place = own.stage;
+    walk.next();
+    if (!walk.there()) {
+      wait_for(m.value_full(values.stage), values.round);
+      multiply_values<F>(s, m.value + values.stage * F::kBlockBytes);
+      await_values();
+      finish(s, total, valid, m.query_of(place, group), lane, warp);
+      release(m.out_full(place));
+      return;
+    }
+    own.next();
+    wait_for(m.query_full(own.stage), own.round);
+    multiply_both();
+    const Tile next(a, walk.index, F::kRun, F::kKeys);
+    n = next.blocks - 1;
+    {
+      const int row = next.first + group * kRows + warp * 16 + lane / 4, before = n * F::kKeys + lane % 4 * 2;
+      weigh<true, true>(s, a.scale, next.seen_by(a, row) - before, next.seen_by(a, row + 8) - before);
+    }
+    await_values();
+    finish(s, total, valid, m.query_of(place, group), lane, warp);
+    release(m.out_full(place));
+    enter();
+    keep_weights(s, a.zero);
+    clear_tail(n);
+  }
+}
+
+template <class F>
+__global__ void __launch_bounds__(F::kThreads, 1) attend(const __grid_constant__ Call a) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Memory<F> m(shared_address(memory));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      barrier_init(m.query_full(i), 1);
+      barrier_init(m.query_empty(i), 1);
+      barrier_init(m.out_full(i), F::kGroups * 4);
+    }
+    for (int i = 0; i < F::kStages; ++i) {
+      barrier_init(m.key_full(i), 1);
+      barrier_init(m.value_full(i), 1);
+      barrier_init(m.key_empty(i), F::kGroups * 4);
+      barrier_init(m.value_empty(i), F::kGroups * 4);
+    }
+    barriers_ready();
+  }
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
+  if (a.shares && threadIdx.x / 32 == 1) take_share(a, m);
+  __syncthreads();
+  if (threadIdx.x >= F::kConsumers) {
+    registers_down<F::kFew>();
+    if (threadIdx.x == F::kConsumers) load_all<F>(a, m);
+    if (threadIdx.x == F::kConsumers + 32) store_all<F>(a, m);
+  } else {
+    registers_up<F::kMany>();
+    attend_all<F>(a, m);
+  }
+}
+
+// Few queries: the keys of one head are divided among the blocks of a cluster, and in each among the warpgroups. The
+// rows of a block are up to 64 queries, of all heads that share these keys. The parts meet through shared memory.
+
+struct FewCall {
+  CUtensorMap query, key, value;  // query: [batch][query][head][line][kLine]
+  void* out;
+  int64_t out_batch_stride, out_row_stride;
+  const int64_t* lengths;
+  int64_t lengths_stride;
+  int queries, keys, kv_heads, group, runs, run;  // run: queries of a block
+  float scale;
+  uint32_t zero;
+  bool causal;
+};
+
+template <class F>
+struct FewMemory {
+  static constexpr int kPart = kRows * F::kSize * 4 + kRows * 8;  // out, the maxima and the sums of a warpgroup
+  static_assert(F::kGroups * kPart <= 2 * F::kStages * F::kBlockBytes);
+  static constexpr size_t kBytes = F::kQueryBytes + 2 * F::kStages * F::kBlockBytes + 32 * 8;
+  uint32_t query, key, value, barriers;
+  __device__ FewMemory(uint32_t start) {
+    query = start;
+    key = query + F::kQueryBytes;
+    value = key + F::kStages * F::kBlockBytes;
+    barriers = value + F::kStages * F::kBlockBytes;
+  }
+  __device__ uint32_t query_full() const { return barriers; }
+  __device__ uint32_t key_full(int i) const { return barriers + (1 + i) * 8; }
+  __device__ uint32_t key_empty(int i) const { return barriers + (1 + F::kStages + i) * 8; }
+  __device__ uint32_t value_full(int i) const { return barriers + (1 + 2 * F::kStages + i) * 8; }
+  __device__ uint32_t value_empty(int i) const { return barriers + (1 + 3 * F::kStages + i) * 8; }
+  __device__ uint32_t part(int group) const { return key + group * kPart; }  // where the keys were
+};
+
+// The block's share.
+template <class F>
+struct Few {
+  int batch, kv_head, first, seen, begin, end;  // begin, end: blocks of keys
+  bool valid;
+  __device__ Few(const FewCall& a, int rank, int blocks) {
+    const int index = blockIdx.x / blocks;
+    first = index % a.runs * a.run;
+    kv_head = index / a.runs % a.kv_heads;
+    batch = index / a.runs / a.kv_heads;
+    const int64_t keys = a.lengths ? a.lengths[batch * a.lengths_stride] : a.keys;
+    valid = keys >= 0 && keys <= a.keys;
+    seen = valid ? static_cast<int>(keys) : 0;
+    const int all = (seen_by(a, min(first + a.run, a.queries) - 1) + F::kKeys - 1) / F::kKeys;
+    begin = static_cast<int>(int64_t{all} * rank / blocks);
+    end = static_cast<int>(int64_t{all} * (rank + 1) / blocks);
+  }
+  __device__ int seen_by(const FewCall& a, int i) const {
+    return a.causal ? max(0, min(seen, i + a.keys - a.queries + 1)) : seen;
+  }
+};
+
+template <class F>
+__device__ void load_few(const FewCall& a, const FewMemory<F>& m, const Few<F>& few) {
+  arrive_expecting(m.query_full(), a.run * a.group * F::kSize * 2);
+#pragma unroll
+  for (int line = 0; line < F::kLines; ++line)
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+        "[%7];\n" ::"r"(m.query + line * kRows * 128),
+        "l"(&a.query), "r"(0), "r"(line), "r"(few.kv_head * a.group), "r"(few.first), "r"(few.batch),
+        "r"(m.query_full())
+        : "memory");
+  Place<F::kStages> place;
+  for (int n = few.begin; n < few.end; ++n, place.next()) {
+    wait_for(m.key_empty(place.stage), place.round ^ 1);
+    arrive_expecting(m.key_full(place.stage), F::kBlockBytes);
+    copy_rows(m.key + place.stage * F::kBlockBytes, a.key, n * F::kKeys, few.kv_head * F::kLines, few.batch,
+              m.key_full(place.stage));
+    wait_for(m.value_empty(place.stage), place.round ^ 1);
+    arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
+    copy_rows(m.value + place.stage * F::kBlockBytes, a.value, n * F::kKeys, few.kv_head * F::kLines, few.batch,
+              m.value_full(place.stage));
+  }
+}
+
+template <class F>
+__device__ void attend_few(const FewCall& a, const FewMemory<F>& m, const Few<F>& few) {
+  const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+  const int row = warp * 16 + lane / 4, column = lane % 4 * 2;
+  const int seen[2] = {few.seen_by(a, few.first + row / a.group) - column,
+                       few.seen_by(a, few.first + (row + 8) / a.group) - column};
+  State<F> s;
+#pragma unroll
+  for (int i = 0; i < F::kSize / 2; ++i) s.out[i] = 0;
+  s.largest[0] = s.largest[1] = -INFINITY;
+  s.total[0] = s.total[1] = 0;
+  Place<F::kStages> place;
+  const auto next = [&] {
+#pragma unroll
+    for (int i = 0; i < F::kGroups; ++i) place.next();
+  };
+  for (int i = 0; i < group; ++i) place.next();
+  wait_for(m.query_full(), 0);
+  for (int n = few.begin + group; n < few.end; n += F::kGroups, next()) {
+    const uint32_t value = m.value + place.stage * F::kBlockBytes;
+    wait_for(m.key_full(place.stage), place.round);
+    multiply_keys<F>(s, m.query, m.key + place.stage * F::kBlockBytes);
+    wgmma_wait<0>();
+    if (lane == 0) arrive(m.key_empty(place.stage));
+    weigh<true, false>(s, a.scale, seen[0] - n * F::kKeys, seen[1] - n * F::kKeys);
+    shrink_out(s);
+    keep_weights(s, a.zero);
+    wait_for(m.value_full(place.stage), place.round);
+    if (few.seen < a.keys && few.seen < (n + 1) * F::kKeys) {
+      clear_values<F>(value, few.seen - n * F::kKeys, thread);
+      group_sync(kGroupBarrier + group, 128);
+    }
+    multiply_values<F>(s, value);
+    wgmma_wait<0>();
+    if (lane == 0) arrive(m.value_empty(place.stage));
+  }
+  group_sync(kTurnBarrier, F::kConsumers);  // nobody needs the keys any more
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int at = row + half * 8;
+    const float sum = lanes_sum<4>(s.total[half]);
+    if (at >= a.run * a.group) continue;
+    const uint32_t to = m.part(group) + at * F::kSize * 4;
+#pragma unroll
+    for (int j = 0; j < F::kSize / 8; ++j)
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(to + (j * 8 + column) * 4), "f"(s.out[j * 4 + half * 2]),
+                   "f"(s.out[j * 4 + half * 2 + 1])
+                   : "memory");
+    if (lane % 4 == 0)
+      asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(m.part(group) + kRows * F::kSize * 4 + at * 8),
+                   "f"(s.largest[half]), "f"(sum)
+                   : "memory");
+  }
+}
+
+// Sums the parts of all blocks: each block some of the columns.
+template <class F>
+__device__ void sum_parts(const FewCall& a, const FewMemory<F>& m, const Few<F>& few, int rank, int blocks) {
+  using T = typename F::T;
+  constexpr int kAcross = F::kSize / 4;
+  const int rows = a.run * a.group;
+  for (int i = threadIdx.x * blocks + rank; i < rows * kAcross; i += blocks * F::kConsumers) {
+    const int row = i / kAcross, column = i % kAcross * 4, query = few.first + row / a.group;
+    if (query >= a.queries) continue;
+    float largest = -INFINITY, total = 0, out[4] = {};
+#pragma unroll 8
+    for (int part = 0; part < blocks * F::kGroups; ++part) {
+      const uint32_t at = m.part(part % F::kGroups);
+      const float2 sums = load_pair_from(at + kRows * F::kSize * 4 + row * 8, part / F::kGroups);
+      const float4 v = load_from(at + (row * F::kSize + column) * 4, part / F::kGroups);
+      const float top = fmaxf(largest, sums.x), base = top == -INFINITY ? 0 : top;
+      const float shrink = exp2_of((largest - base) * a.scale), weight = exp2_of((sums.x - base) * a.scale);
+      largest = top;
+      total = total * shrink + sums.y * weight;
+      out[0] = out[0] * shrink + v.x * weight;
+      out[1] = out[1] * shrink + v.y * weight;
+      out[2] = out[2] * shrink + v.z * weight;
+      out[3] = out[3] * shrink + v.w * weight;
+    }
+    const float share = !few.valid ? NAN : total == 0 ? 0 : 1 / total;
+    T* const to = static_cast<T*>(a.out) + few.batch * a.out_batch_stride + query * a.out_row_stride +
+                  (few.kv_head * a.group + row % a.group) * F::kSize + column;
+    store<4>(to, {out[0] * share, out[1] * share, out[2] * share, out[3] * share});
+  }
+}
+
+template <class F>
+__global__ void __launch_bounds__(F::kConsumers + 32, 1) attend_with_few(const __grid_constant__ FewCall a) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const FewMemory<F> m(shared_address(memory));
+  if (threadIdx.x == 0) {
+    barrier_init(m.query_full(), 1);
+    for (int i = 0; i < F::kStages; ++i) {
+      barrier_init(m.key_full(i), 1);
+      barrier_init(m.value_full(i), 1);
+      barrier_init(m.key_empty(i), 4);
+      barrier_init(m.value_empty(i), 4);
+    }
+    barriers_ready();
+  }
+  __syncthreads();
+  let_next_kernel_begin();
+  wait_for_earlier_kernels();
+  int blocks;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(blocks));
+  const int rank = cluster_rank();
+  const Few<F> few(a, rank, blocks);
+  if (threadIdx.x < F::kConsumers)
+    attend_few<F>(a, m, few);
+  else if (threadIdx.x == F::kConsumers)
+    load_few<F>(a, m, few);
+  __syncthreads();  // for compute-sanitizer, to which the next barrier does not count within a block
+  cluster_arrive();
+  cluster_wait();
+  if (threadIdx.x < F::kConsumers) sum_parts<F>(a, m, few, rank, blocks);
+  __syncwarp();
+  cluster_arrive();
+  cluster_wait();  // until the others have read this block's parts
+}
+
+// Boxes of a tensor of `dims` dims whose innermost are lines of kLine columns; sizes, strides (in elements) and the box
+// from the second dim on.
+CUtensorMap boxes_of(void* data, CUtensorMapDataType type, int dims, const int64_t* sizes, const int64_t* strides,
+                     const int64_t* box) {
+  using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                          const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                          CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  // From the driver that is there: libcuda is not linked, so that the library loads without one.
+  static auto* const encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#else
+    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
+    if (result != cudaDriverEntryPointSuccess) refuse_unsupported("this NVIDIA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode*>(found);
+  }();
+  cuuint64_t all_sizes[5] = {kLine}, bytes[4];
+  cuuint32_t whole_box[5] = {kLine}, steps[5] = {1, 1, 1, 1, 1};
+  for (int i = 0; i + 1 < dims; ++i) {
+    all_sizes[i + 1] = sizes[i];
+    bytes[i] = sizes[i] > 1 ? strides[i] * 2 : 16;  // of a single one any will do
+    whole_box[i + 1] = static_cast<cuuint32_t>(box[i]);
+  }
+  CUtensorMap map;
+  const CUresult result =
+      encode(&map, type, dims, data, all_sizes, bytes, whole_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) refuse("the copy engine refuses a tensor (CUDA error %d)", static_cast<int>(result));
+  return map;
+}
+
+// [batch][row][line][kLine]: boxes of `box_rows` rows and all lines of a head.
+CUtensorMap rows_map(const CudaGrid& grid, CUtensorMapDataType type, int64_t rows, int64_t lines, int64_t batch,
+                     int64_t box_rows, int64_t box_lines) {
+  const int64_t sizes[] = {rows, lines, batch}, strides[] = {grid.row_stride, kLine, grid.batch_stride},
+                box[] = {box_rows, box_lines, 1};
+  return boxes_of(grid.data, type, 4, sizes, strides, box);
+}
+
+int64_t runs_of(const CudaAttention& a, int64_t run) { return (a.queries + run - 1) / run; }
+
+template <class T>
+constexpr CUtensorMapDataType kMapType =
+    std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+template <class F>
+void run(const CudaAttention& a, int processors, void* stream) {
+  const auto type = kMapType<typename F::T>;
+  const int64_t lines = a.heads * F::kLines, kv_lines = a.kv_heads * F::kLines;
+  Call c{};
+  c.query = rows_map(a.query, type, a.queries, lines, a.batch, kRows, F::kLines);
+  c.out = rows_map(a.out, type, a.queries, lines, a.batch, kRows, F::kLines);
+  c.key = rows_map(a.key, type, a.keys, kv_lines, a.batch, F::kKeys, F::kLines);
+  c.value = rows_map(a.value, type, a.keys, kv_lines, a.batch, F::kKeys, F::kLines);
+  c.lengths = a.lengths;
+  c.lengths_stride = a.lengths_stride;
+  c.batch = static_cast<int>(a.batch);
+  c.queries = static_cast<int>(a.queries);
+  c.keys = static_cast<int>(a.keys);
+  c.heads = static_cast<int>(a.heads);
+  c.group = static_cast<int>(a.heads / a.kv_heads);
+  c.runs = static_cast<int>(runs_of(a, F::kRun));
+  c.tiles = c.batch * c.heads * c.runs;
+  c.scale = a.scale * kLog2E;
+  c.causal = a.causal;
+  c.shares = a.lengths && !a.causal;
+  // What each run costs is known to nobody beforehand where both matter: the hardware hands them out.
+  const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors, c.tiles);
+  launch_clusters(attend<F>, blocks, 1, F::kThreads, F::kBytes, stream, c);
+}
+
+constexpr int kMostBlocks = 16;  // of a cluster
+
+// How many clusters of so many blocks run at a time.
+template <class F>
+std::array<int, kMostBlocks + 1> clusters_at_once() {
+  const auto kernel = attend_with_few<F>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, FewMemory<F>::kBytes));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  std::array<int, kMostBlocks + 1> found{};
+  for (int blocks = 1; blocks <= kMostBlocks; ++blocks) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(F::kConsumers + 32);
+    config.dynamicSmemBytes = FewMemory<F>::kBytes;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check_cuda(cudaOccupancyMaxActiveClusters(&found[blocks], kernel, &config));
+  }
+  return found;
+}
+
+// The most blocks with which all clusters run at once and each block has a block of keys for each warpgroup.
+template <class F>
+int cluster_for(const CudaAttention& a, int64_t clusters) {
+  static const auto at_once = clusters_at_once<F>();  // of the first GPU that asks: others have at least one at a time
+  int blocks = 1;
+  for (int i = 2; i <= kMostBlocks; ++i)
+    if (at_once[i] >= clusters && (i - 1) * F::kGroups * F::kKeys < a.keys) blocks = i;
+  return blocks;
+}
+
+template <class F>
+void run_few(const CudaAttention& a, void* stream) {
+  const auto type = kMapType<typename F::T>;
+  FewCall c{};
+  c.group = static_cast<int>(a.heads / a.kv_heads);
+  c.run = static_cast<int>(std::min<int64_t>(a.queries, kRows / c.group));
+  const int64_t sizes[] = {F::kLines, a.heads, a.queries, a.batch},
+                strides[] = {kLine, F::kSize, a.query.row_stride, a.query.batch_stride}, box[] = {1, c.group, c.run, 1};
+  c.query = boxes_of(a.query.data, type, 5, sizes, strides, box);
+  c.key = rows_map(a.key, type, a.keys, a.kv_heads * F::kLines, a.batch, F::kKeys, F::kLines);
+  c.value = rows_map(a.value, type, a.keys, a.kv_heads * F::kLines, a.batch, F::kKeys, F::kLines);
+  c.out = a.out.data;
+  c.out_batch_stride = a.out.batch_stride;
+  c.out_row_stride = a.out.row_stride;
+  c.lengths = a.lengths;
+  c.lengths_stride = a.lengths_stride;
+  c.queries = static_cast<int>(a.queries);
+  c.keys = static_cast<int>(a.keys);
+  c.kv_heads = static_cast<int>(a.kv_heads);
+  c.runs = static_cast<int>(runs_of(a, c.run));
+  c.scale = a.scale * kLog2E;
+  c.causal = a.causal;
+  const int64_t clusters = a.batch * a.kv_heads * c.runs;
+  const int cluster = cluster_for<F>(a, clusters);
+  launch_clusters(attend_with_few<F>, static_cast<int>(clusters) * cluster, cluster, F::kConsumers + 32,
+                  FewMemory<F>::kBytes, stream, c);
+}
+
+template <class T, int kSize>
+void run_size(const CudaAttention& a, int processors, void* stream) {
+  // The sizes of blocks are measured ones: benchmarks/README.md.
+  using Few = std::conditional_t<kSize == 128, Form<T, 128, 64, 2, 6>, Form<T, 64, 128, 2, 6>>;
+  using Short = RunForm<T, 64, 64, 2, 6, false>;
+  using Long = std::conditional_t<kSize == 128, RunForm<T, 128, 128, 2, 2, true>, RunForm<T, 64, 64, 4, 6, false>>;
+  constexpr int64_t kManyKeys = 1024;
+  const int64_t group = a.heads / a.kv_heads;
+  const bool idle = a.batch * a.heads * runs_of(a, Long::kRun) * 2 <= processors && a.keys >= kManyKeys;
+  if (group <= kRows && (group * a.queries <= kRows || idle)) return run_few<Few>(a, stream);
+  if constexpr (kSize == 64)  // where the longer runs would be half empty
+    if (a.queries < 2 * Long::kRun && (a.queries - 1) % Long::kRun < Short::kRun)
+      return run<Short>(a, processors, stream);
+  run<Long>(a, processors, stream);
+}
+
+// Whether the copy engine can take these tensors, and 32 bits count what there is.
+bool is_for_hopper(const CudaAttention& a) {
+  constexpr int64_t kMost = 1 << 30;
+  const auto fits = [&](const CudaGrid& g, int64_t rows) {
+    const auto takes = [](int64_t stride, int64_t count) {
+      return count == 1 || (stride > 0 && stride % 8 == 0 && stride < kMost * 64);
+    };
+    return aligned(g.data) && takes(g.row_stride, rows) && takes(g.batch_stride, a.batch);
+  };
+  const bool counts = a.keys > 0 && a.keys < kMost && a.queries < kMost && a.batch < kMost &&
+                      a.heads < kMost / a.batch / (a.queries / kRows + 1);
+  return (a.head_size == 64 || a.head_size == 128) && a.scale > 0 && a.scale < INFINITY && counts &&
+         fits(a.query, a.queries) && fits(a.key, a.keys) && fits(a.value, a.keys) && fits(a.out, a.queries);
+}
+
+}  // namespace
+
+template <class T>
+bool hopper_attention(const CudaAttention& a, int processors, void* stream) {
+  if (!is_for_hopper(a)) return false;
+  a.head_size == 64 ? run_size<T, 64>(a, processors, stream) : run_size<T, 128>(a, processors, stream);
+  return true;
+}
+
+template bool hopper_attention<bf16>(const CudaAttention&, int, void*);
+template bool hopper_attention<f16>(const CudaAttention&, int, void*);
+
+}  // namespace kpdeploy
