@@ -208,7 +208,7 @@ def check_versions(
         ProofFailed: an artifact cannot be run here.
     """
     started = time.monotonic()
-    _same_model(new, old)
+    same_model(new.manifest, old.manifest, new.name, old.name)
     where = _points(new.manifest.signature, points)
     measured = _Measured(where)
     found: tuple[Finding, ...] = ()
@@ -426,8 +426,8 @@ def _replayed(process: RuntimeProcess, side: Side, baseline: Baseline) -> tuple[
     return tuple(worst.values())
 
 
-def _same_model(new: Side, old: Side) -> None:
-    ours, theirs = new.manifest, old.manifest
+def same_model(ours: Manifest, theirs: Manifest, new: str, old: str) -> None:
+    """Raise NothingToCompare unless both take the same requests."""
     if ours.model != theirs.model:
         why = f"one is {ours.model}, the other {theirs.model}"
     elif ours.signature.inputs != theirs.signature.inputs or ours.signature.axes != theirs.signature.axes:
@@ -437,7 +437,7 @@ def _same_model(new: Side, old: Side) -> None:
     else:
         return
     raise NothingToCompare(
-        f"{new.name} and {old.name} are not versions of one model",
+        f"{new} and {old} are not versions of one model",
         why=why,
         next_step="name two versions that take the same requests",
     )

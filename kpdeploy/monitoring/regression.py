@@ -85,6 +85,29 @@ def judge_pairs(
     return _judged(averages, spread, p, p_better, pieces, criteria, windows=count)
 
 
+def first_alarm(
+    old: Sequence[float],
+    new: Sequence[float],
+    criteria: Criteria,
+    *,
+    every: int = 5,
+    confirm: int = 3,
+) -> int | None:
+    """Watch windows as they come: after how many new ones a regression was known; None if it never was.
+
+    Every `every` windows the newest `criteria.windows` are judged, each look with its share of the significance. Noise
+    of a machine comes in waves that last several windows: `confirm` looks in a row must agree.
+    """
+    ends = range(criteria.windows, len(new) + 1, every)
+    share = replace(criteria, looks=max(1, len(ends)))
+    row = 0
+    for end in ends:
+        row = row + 1 if judge(old, new[end - criteria.windows : end], share).outcome == "regressed" else 0
+        if row == confirm:
+            return end
+    return None
+
+
 def _log(values: Sequence[float]) -> Values:
     """Ratios are what is compared: a machine that is twice as slow has twice the noise."""
     logs: Values = np.log(np.maximum(np.asarray(values, float), 1e-12))

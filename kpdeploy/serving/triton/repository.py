@@ -126,6 +126,38 @@ def _publish_local(repo: Path, content: _Version) -> Deployment:
     return Deployment(repository=str(repo), manifest=content.manifest)
 
 
+def activate(deployment: Deployment) -> None:
+    """Let config.pbtxt name a version that is there already: promotion and rollback, by replacing one file.
+
+    Raises:
+        RepositoryBroken: the version is not whole. RepositoryBusy, RepositoryUnwritable: as publish.
+    """
+    repo, folder = Path(deployment.repository), Path(deployment.folder)
+    baseline = Baseline.read(folder)
+    version = _Version(manifest=deployment.manifest, baseline=baseline, files=folder, image="")
+    with storage_errors(repo, folder), locked(repo):
+        model = repo / deployment.model
+        _write_warmup(model / WARMUP, version)
+        aside = model / f".{CONFIG}"
+        aside.write_text(write_config(model_config(deployment.manifest, baseline)))
+        sync(aside)
+        os.replace(aside, model / CONFIG)
+        sync(model)
+
+
+def withdraw(repo: Path, model: str) -> None:
+    """Remove a model with all of its versions; nothing where there is none. A server sees it whole, or not at all."""
+    place = repo / model
+    if not place.exists():
+        return
+    with storage_errors(repo, place), locked(repo):
+        staging = _staging(repo, place)
+        if staging.parent == place:
+            staging = repo / _STAGING
+        os.rename(place, staging)
+        shutil.rmtree(staging)
+
+
 def _add_model(repo: Path, model: Path, content: _Version) -> None:
     """A new model appears whole, by one rename: a server takes any folder of the repository for a model."""
     staging = _staging(repo, model)
