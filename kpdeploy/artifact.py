@@ -59,11 +59,13 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The worst relative error ‖out − ref‖ / ‖ref‖ of one output over all points, against its tolerance."""
+    """The worst relative error ‖out − ref‖ / ‖ref‖ of one output over all points, against its tolerance. `cosine`: of
+    that worst answer with its reference, the least over the rows of its first axis; 1 for integers."""
 
     output: str
     error: float
     tolerance: float
+    cosine: float = 1.0
 
     @property
     def passed(self) -> bool:

@@ -33,6 +33,21 @@ def relative_error(out: Array, ref: Array) -> float:
     return distance / length if length else distance
 
 
+def least_cosine(out: Array, ref: Array) -> float:
+    """The least cosine between a row of `out` (its first axis) and the same of `ref`; 1 for integers, for what is
+    empty, and for rows of zeros that agree; 0 where shapes differ or numbers are not finite."""
+    if ref.dtype.kind != "f" or ref.size == 0:
+        return 1.0
+    if out.shape != ref.shape or not np.isfinite(out).all() or not np.isfinite(ref).all():
+        return 0.0
+    rows = ref.shape[0] if ref.ndim > 1 else 1
+    a, b = (x.astype(np.float64).reshape(rows, -1) for x in (out, ref))
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    products = np.einsum("ij,ij->i", a, b)
+    same = (a == b).all(axis=1).astype(np.float64)
+    return float(np.where(lengths > 0, products / np.where(lengths > 0, lengths, 1), same).min())
+
+
 def tolerance(dtype: str, tolerances: Mapping[str, float]) -> float:
     """The tolerance of a dtype; all integers and bools share one."""
     return tolerances[dtype if np.dtype(dtype).kind == "f" else "integer"]
@@ -45,6 +60,7 @@ def compare(out: Tensors, ref: Tensors, tolerances: Mapping[str, float]) -> list
             output=name,
             error=relative_error(out[name], wanted) if name in out else float("inf"),
             tolerance=tolerance(str(wanted.dtype), tolerances),
+            cosine=least_cosine(out[name], wanted) if name in out else 0.0,
         )
         for name, wanted in ref.items()
     ]

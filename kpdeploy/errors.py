@@ -146,6 +146,18 @@ class FormatUnavailable(KpdeployError):
     exit_code = 32
 
 
+class LevelUnavailable(KpdeployError):
+    """This machine, target or format has not what the level asked for needs."""
+
+    exit_code = 33
+
+
+class BudgetUnmet(KpdeployError):
+    """No artifact is within the latency or accuracy that was asked for."""
+
+    exit_code = 34
+
+
 # 40-49: the repository
 
 

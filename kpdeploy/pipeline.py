@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kpdeploy.artifact import BASELINE, MANIFEST, MOUNT, Artifact, Latency, Manifest, Verdict
+from kpdeploy.backends import LEVELS, Lowering, lowerings
 from kpdeploy.baseline import WINDOWS, Baseline, Exchange, Windows
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import (
+    BudgetUnmet,
     DiskFull,
     ExportFailed,
     FormatUnavailable,
     KpdeployError,
+    LevelUnavailable,
     ModelNotServed,
     NothingToCompare,
     NotReady,
@@ -37,7 +40,7 @@ from kpdeploy.errors import (
     RolledBack,
     UnknownName,
 )
-from kpdeploy.hardware import conditions, environment
+from kpdeploy.hardware import conditions, detect, environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
 from kpdeploy.model import Model
 from kpdeploy.monitoring.check import CheckReport, Reference, Side, check_against, check_versions, same_model
@@ -66,6 +69,12 @@ if TYPE_CHECKING:
 FULL_BYTES = 1 << 20
 """A disk with less left is full: whoever met its end has often removed a part of what it wrote."""
 
+ACCURACY_BUDGET = 1e-2
+"""Levels 2 and 3 may differ from the model by so much, unless stated."""
+
+ASKED_SAMPLES = 8
+"""So many of the user's calibration samples are asked in the proof."""
+
 ROUNDS = 3
 ROUND_SECONDS = 0.5
 SLOWER = 1.2
@@ -91,6 +100,7 @@ class Candidate:
     latencies: tuple[Latency, ...] = ()
     reason: str = ""
     decisions: tuple[Decision, ...] = ()
+    level: int = 1
 
     @property
     def fused(self) -> bool:
@@ -116,6 +126,7 @@ class Candidate:
         return {
             "format": self.format,
             "settings": dict(self.settings),
+            "level": self.level,
             "passed": self.passed,
             "reason": self.reason,
             "bytes": self.artifact.bytes if self.artifact is not None and self.artifact.folder.is_dir() else None,
@@ -164,6 +175,10 @@ def export(
     max_batch: int | None = None,
     tolerance: Mapping[str, float] | None = None,
     fuse: str = "auto",
+    level: str = "1",
+    accuracy_budget: float = ACCURACY_BUDGET,
+    latency_budget_ms: float | None = None,
+    calibrate: str | os.PathLike[str] | None = None,
     mount: str = MOUNT,
     serving: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -182,6 +197,12 @@ def export(
         fuse: "auto" tries each format with and without fused ops (those that take a minute without), "never" without,
             "always" only with.
         serving: what Manifest.serving holds: how the server shall run the model.
+        level: the highest that is tried: "1" changes nothing but rounding, "2" computes in bf16 too, "3" in int8 too,
+            "auto" all that this machine has. The fastest that holds its budget is packaged.
+        accuracy_budget: the largest ‖out − ref‖ / ‖ref‖ of levels 2 and 3; level 1 keeps `tolerance`.
+        latency_budget_ms: stop at the first level whose median latency of a single request is within it.
+        calibrate: an .npz of samples for int8, one array per input with the samples along its first axis; without it
+            they are drawn at random from the valid values. The proof asks some of them, too.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -190,8 +211,10 @@ def export(
     started = time.perf_counter()
     progress = progress or Progress()
     from kpdeploy.export import Capture
+    from kpdeploy.load.calibration import calibration
 
     _check_choices(target, format, fuse, mount)
+    rungs = _rungs(target, format, level, accuracy_budget, latency_budget_ms)
     tolerances = _tolerances(tolerance)
     # What can be told without the model is told before minutes are spent on it.
     parse_inputs(input)
@@ -202,13 +225,22 @@ def export(
     package.check_publishable(str(repo), model=loaded.name)
     with work_folder() as work, _told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
+        samples = calibration(settled.signature, calibrate) if calibrate is not None else []
+        if calibrate is not None:
+            asked += _asked_of(samples, settled)
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
         capture = Capture(settled, work)
         wanted = _formats(target, format)
         fused = {} if fuse == "never" else _fuse(capture, wanted, progress, must=fuse == "always")
-        tried = _try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
-        candidates, windows = _measure(tried, settled.signature, progress)
-        chosen = _choose(candidates, format, asked)
+        candidates = _try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
+        lower = _Lower(capture, asked, samples, accuracy_budget, progress)
+        for rung in rungs:
+            candidates += [lower.candidate(way, candidates) for way in rung]
+            candidates, windows = _measure(candidates, settled.signature, progress)
+            chosen = _choose(candidates, format, asked)
+            if latency_budget_ms is not None and chosen.latencies[0].p50_ms <= latency_budget_ms:
+                break
+        _check_latency(candidates, chosen, latency_budget_ms)
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(target, candidates, chosen, fused))
         manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
         manifest = replace(manifest, serving=dict(serving or {}))
@@ -282,6 +314,117 @@ def migrate(
             progress=progress,
         )
     return MigrateReport(archive=str(path), report=report, told=tuple(found))
+
+
+Rung = tuple[Lowering, ...]
+
+
+def _rungs(target: str, format: str, level: str, accuracy: float, latency_ms: float | None) -> list[Rung]:
+    """The ways to lower precision that will be tried, all at once; step by step where a latency may end it early.
+
+    Raises:
+        UnknownName: no such level, or a budget that is none.
+        LevelUnavailable: the level was asked for, and this machine, target or format has none of its ways.
+    """
+    from kpdeploy.load import choose
+
+    choose("level", level, ("auto", *map(str, LEVELS)))
+    for name, value in (("accuracy budget", accuracy), ("latency budget", latency_ms)):
+        if value is not None and not 0 < value < math.inf:
+            raise UnknownName(f"the {name} {value} is not a number above 0", next_step="give one, such as 1e-2")
+    top = LEVELS[-1] if level == "auto" else int(level)
+    known = [_reachable(way, target, format) for way in lowerings(detect()) if way.level <= top]
+    missing = [way for way in known if way.level == top and way.missing]
+    if level != "auto" and top > 1 and len(missing) == sum(way.level == top for way in known):
+        raise LevelUnavailable(
+            f"level {level} cannot be had here",
+            why="; ".join(f"{way.precision}: {way.missing}" for way in missing),
+            next_step="leave it to the tool with --level auto, or see `kpdeploy doctor`",
+        )
+    steps = [tuple(way for way in known if way.level == step) for step in range(1, top + 1)]
+    return steps if latency_ms is not None else [tuple(way for step in steps for way in step)]
+
+
+def _reachable(way: Lowering, target: str, format: str) -> Lowering:
+    """The same way, or what rules it out."""
+    if way.missing:
+        return way
+    if way.format not in TARGETS[target].formats:
+        return replace(way, missing=f"it needs the format {way.format}, which {target} does not serve")
+    if format not in ("auto", way.format):
+        return replace(way, missing=f"it needs the format {way.format}, and {format} was asked for")
+    return way
+
+
+def _check_latency(candidates: Sequence[Candidate], chosen: Candidate, budget_ms: float | None) -> None:
+    if budget_ms is None or chosen.latencies[0].p50_ms <= budget_ms:
+        return
+    reached = ", ".join(
+        f"{c.label} {c.latencies[0].p50_ms:.2f} ms" if c.latencies else f"{c.label} out ({c.reason})"
+        for c in candidates
+    )
+    raise BudgetUnmet(
+        f"nothing answers a single request within {budget_ms:g} ms",
+        why=f"reached: {reached}",
+        next_step="allow more with --latency-budget-ms or --accuracy-budget, or more of --level",
+    )
+
+
+def _asked_of(samples: Sequence[Tensors], model: Model) -> list[Question]:
+    """Some of the user's own samples as questions of the proof."""
+    from kpdeploy.load.reference import reference
+
+    answer = reference(model)
+    some = samples[:: max(1, len(samples) // ASKED_SAMPLES)][:ASKED_SAMPLES]
+    points = [_point_of(model.signature, inputs) for inputs in some]
+    return [Question(point=p, inputs=i, expected=answer(i)) for p, i in zip(points, some, strict=True)]
+
+
+def _point_of(signature: Signature, inputs: Tensors) -> Point:
+    sizes = ((dim, size) for s in signature.inputs for dim, size in zip(s.shape, inputs[s.name].shape, strict=True))
+    return {dim: size for dim, size in sizes if isinstance(dim, str)}
+
+
+@dataclass(frozen=True)
+class _Lower:
+    """Makes candidates of levels 2 and 3 from what level 1 has exported."""
+
+    capture: Capture
+    asked: Sequence[Question]
+    samples: Sequence[Tensors]
+    budget: float
+    progress: Progress
+
+    def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
+        blank = Candidate(format=way.format, settings=way.settings, level=way.level, reason=way.missing)
+        plain = next((c.artifact for c in known if c.format == way.format and c.level == 1 and not c.fused), None)
+        if way.missing:
+            return replace(blank, format=way.format or way.what, settings={})
+        if plain is None:
+            return replace(blank, reason=f"there is no {way.format} artifact to begin with")
+        tolerances = dict.fromkeys(TOLERANCES, self.budget)
+        told: tuple[Decision, ...] = ()
+        try:
+            artifact = replace(plain, settings=way.settings)
+            if way.quantized:
+                artifact, decision = self._quantized(plain, way)
+                told = (decision,)
+        except ExportFailed as error:
+            return replace(blank, reason=_reason(error))
+        with self.progress.step(f"proving {blank.label} in a fresh process"):
+            proven = _prove_one(artifact, self.capture.model, self.asked, tolerances)
+        return replace(proven, level=way.level, decisions=(*told, *proven.decisions))
+
+    def _quantized(self, plain: Artifact, way: Lowering) -> tuple[Artifact, Decision]:
+        from kpdeploy.export.int8 import quantize
+        from kpdeploy.load.calibration import calibration
+
+        folder = plain.folder.with_name(f"{plain.format}-{way.precision}")
+        folder.mkdir()
+        samples = self.samples or calibration(self.capture.signature, None)
+        with self.progress.step(f"quantizing to {way.precision} on {len(samples)} samples (minutes)"):
+            decision = quantize(plain.path, folder, samples, budget=self.budget)
+        return replace(plain, folder=folder, settings=way.settings), decision
 
 
 def _check_choices(target: str, format: str, fuse: str, mount: str) -> None:
@@ -730,7 +873,11 @@ def _decided(
         yield Skipped(what="dynamic batching", reason=unbatched)
     if chosen.format == "pt2":
         yield Applied(what="pt2 is machine code for this CPU", detail="serve it where it was exported, or export there")
-    if chosen.format == "openvino":
+    if chosen.level > 1:
+        worst = chosen.verdict.worst
+        detail = f"error {worst.error:.1e}, at most {worst.tolerance:.0e} was asked for; cosine {worst.cosine:.6f}"
+        yield Applied(what=f"level {chosen.level}", detail=detail)
+    elif chosen.format == "openvino":
         detail = "NVIDIA's openvino backend has no setting for it, and takes bf16 on CPUs that have it"
         yield Applied(what="float32 inference in `kpdeploy serve`", detail=f"{detail}: run `kpdeploy verify` there")
 

@@ -19,6 +19,7 @@ Examples:
   kpdeploy export net.pt --input "x:float32[batch=1..16,3,224,224]"
   kpdeploy export s.onnx --repo s3://bucket/models
   kpdeploy export minilm --target torchserve --repo model_store/
+  kpdeploy export minilm --level auto --accuracy-budget 1e-2 --latency-budget-ms 5
 
 Every option can stand in a kpdeploy.toml beside the model, under [export]; the command line wins.
 """
@@ -46,6 +47,32 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
     show_default=True,
     help="Fused ops (attention, linear with activation, residual with norm) and the library of their kernels: always, "
     "never; auto measures formats with and without them (.pt2, a minute each, without).",
+)
+@click.option(
+    "--level",
+    default="1",
+    show_default=True,
+    help="How far precision may go: 1 changes nothing but rounding, 2 tries bf16 too, 3 int8 too, auto all that this "
+    "machine has. The fastest within its budget is packaged.",
+)
+@click.option(
+    "--accuracy-budget",
+    type=float,
+    default=1e-2,
+    show_default=True,
+    metavar="ERROR",
+    help="The largest relative error of levels 2 and 3; for integers, the share of answers that may differ.",
+)
+@click.option(
+    "--latency-budget-ms",
+    type=float,
+    metavar="MS",
+    help="Stop at the first level that answers a single request within this (median).",
+)
+@click.option(
+    "--calibrate",
+    type=click.Path(dir_okay=False),
+    help="An .npz of real samples for int8, one array per input, samples along the first axis.  [default: random]",
 )
 @click.option(
     "--mount",
@@ -102,6 +129,10 @@ def command(model: str, tolerances: tuple[str, ...], as_json: bool, **options: A
         max_batch=options["max_batch"],
         tolerance=parse_tolerances(tolerances),
         fuse=options["fuse"],
+        level=options["level"],
+        accuracy_budget=options["accuracy_budget"],
+        latency_budget_ms=options["latency_budget_ms"],
+        calibrate=options["calibrate"],
         mount=options["mount"],
         progress=console.progress(json_output=as_json),
     )

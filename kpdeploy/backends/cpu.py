@@ -1,0 +1,36 @@
+"""The processor: bf16 and int8 by OpenVINO, whose kernels for both were the fastest of all that were measured."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from kpdeploy.backends import Lowering
+from kpdeploy.hardware import Hardware
+
+BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+INT8 = ("amx_int8", "avx512_vnni", "i8mm")
+"""Instruction sets as /proc/cpuinfo spells them: without them the precision is emulated, and slower than float32."""
+
+
+def lowerings(hardware: Hardware) -> tuple[Lowering, ...]:
+    bf16, int8 = _lacks(hardware, BF16, "bf16"), _lacks(hardware, INT8, "int8")
+    # What is not quantized computes in bf16 where the processor has it.
+    rest = "f32" if bf16 else "bf16"
+    packages = "" if importlib.util.find_spec("nncf") else "the package nncf is missing: pip install nncf"
+    return (
+        Lowering(level=2, precision="bf16", format="openvino", settings={"precision": "bf16"}, missing=bf16),
+        Lowering(
+            level=3,
+            precision="int8",
+            format="openvino",
+            settings={"precision": rest, "quantized": "int8"},
+            quantized=True,
+            missing=int8 or packages,
+        ),
+    )
+
+
+def _lacks(hardware: Hardware, needed: tuple[str, ...], precision: str) -> str:
+    if set(needed) & set(hardware.isa):
+        return ""
+    return f"{hardware.cpu} has no {precision} instructions ({', '.join(needed)})"
