@@ -153,6 +153,7 @@ def _would_not_load(where: Container, found: list[Compatibility]) -> WouldNotLoa
 def _show_machine(as_json: bool) -> None:
     from dataclasses import asdict
 
+    from kpdeploy.backends import lowerings
     from kpdeploy.cli import console
     from kpdeploy.hardware import detect
 
@@ -161,10 +162,19 @@ def _show_machine(as_json: bool) -> None:
     formats = _formats(tools)
     if as_json:
         console.print_json(
-            {"hardware": asdict(machine), "packages": _packages(), "tools": tools, "formats": formats},
+            {
+                "hardware": asdict(machine),
+                "levels": [asdict(way) for way in lowerings(machine)],
+                "packages": _packages(),
+                "tools": tools,
+                "formats": formats,
+            },
         )
         return
     console.table(("hardware", ""), _hardware_rows(machine))
+    console.out.print()
+    ways = [(way.what, way.format, _answer_of(way.missing)) for way in lowerings(machine)]
+    console.table(("export --level", "format", "here"), [("level 1 (as exact as the model)", "all", "yes"), *ways])
     console.out.print()
     rows = [(p["package"], p["version"] or "missing", p["for"], p["get"]) for p in _packages()]
     console.table(("package", "version", "for", "to get it"), rows)
@@ -177,6 +187,10 @@ def _show_machine(as_json: bool) -> None:
         [(f["format"], _can(f["export_needs"], []), _can(f["serve_needs"], f["serve_installs"])) for f in formats],
     )
     console.next_command("kpdeploy export minilm --target triton --repo models/")
+
+
+def _answer_of(missing: str) -> str:
+    return f"no: {missing}" if missing else "yes"
 
 
 def _hardware_rows(machine: Hardware) -> list[tuple[str, str]]:

@@ -182,7 +182,7 @@ def _config(path: Path, folder: Path, name: Any) -> dict[str, Any]:
     if not isinstance(name, str) or PurePosixPath(name).name != name or not (folder / name).is_file():
         return {}
     try:
-        import yaml  # type: ignore[import-untyped]
+        import yaml
     except ImportError:
         raise PackageMissing(f"{name} of {path} cannot be read", next_step="pip install pyyaml") from None
     try:
