@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from kpdeploy.baseline import Windows
-from kpdeploy.errors import HistoryUnusable
+from kpdeploy.errors import HistoryUnusable, NothingToCompare
 from kpdeploy.monitoring.history import (
     Entry,
     Mark,
@@ -229,3 +230,21 @@ def test_a_trend_is_exported(tmp_path: Path, name: str) -> None:
         assert parquet.read_table(path).column("value").to_pylist() == [1, 2, 3, 4, 5]
     else:
         assert path.read_text().splitlines()[1] == "1970-01-01T00:00:00+00:00,m,0,check,p50_ms,,1.0,1,1.0,1.0"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "kpdeploy", *words], capture_output=True, text=True, check=False)
+
+
+def test_the_command_shows_a_trend_and_refuses_what_it_does_not_have(tmp_path: Path) -> None:
+    db = str(tmp_path / "h.sqlite")
+    with open_history(db) as history:
+        history.append(*(entry(10 + index, DAY * (1000 + index)) for index in range(3)))
+    done = run("history", "m", "--db", db, "--no-changes", "--json", "--export", str(tmp_path / "t.csv"))
+    assert done.returncode == 0, done.stderr
+    assert [mark["value"] for mark in json.loads(done.stdout)["series"][0]["marks"]] == [10, 11, 12]
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 4
+    assert "p50_ms" in run("history", "m", "--db", db, "--no-changes").stdout
+    missing = run("history", "other", "--db", db)
+    assert missing.returncode == NothingToCompare.exit_code
+    assert "it has: m" in missing.stderr
