@@ -259,6 +259,26 @@ def measured(shape: Shape, most: Row) -> Row:
     }
 
 
+TABLE_COLUMNS = ("batch", "queries", "keys", "heads", "kv_heads", "size")
+
+
+def write_table(path: Path, report: Row) -> None:
+    """What kpdeploy/ops/measured_attention.py reads."""
+    columns = ("device", "dtype", *TABLE_COLUMNS, "causal", "mean_length", "kpdeploy_us", "peer", "peer_us")
+    lines = ["\t".join(columns)]
+    for shape, row in zip(SHAPES, report["rows"], strict=True):
+        cells = [report["device"], row["dtype"], *(str(getattr(shape, name)) for name in TABLE_COLUMNS)]
+        cells += [
+            "yes" if shape.causal else "no",
+            str(shape.mean),
+            str(row["ours_us"]),
+            row["peer"],
+            str(row["peer_us"]),
+        ]
+        lines.append("\t".join(cells))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def small() -> int:
     """The cases that a sanitizer gets through, float16 and bfloat16, heads of 64 and 128 among them."""
     op, bad = OPS["attention"], 0
@@ -287,6 +307,9 @@ def passed(row: Row) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--table", type=Path, help="what `kpdeploy ops explain` tells: kpdeploy/ops/attention_measured.tsv"
+    )
     parser.add_argument("--small", action="store_true", help="only the errors of small cases")
     parser.add_argument("--sanitize", action="store_true", help="the small cases under compute-sanitizer, too")
     parser.add_argument("--built-with", default="", help="with what the library was built, for the table")
@@ -305,6 +328,8 @@ def main() -> int:
         torch.cuda.empty_cache()
         if options.json:
             written(options.json, report)
+    if options.table:
+        write_table(options.table, report)
     silent = True
     if options.sanitize:
         if not shutil.which("compute-sanitizer"):

@@ -783,10 +783,10 @@ __global__ void __launch_bounds__(F::kConsumers + 32, 1) attend_with_few(const _
   }
   __syncthreads();
   let_next_kernel_begin();
-  wait_for_earlier_kernels();
   int blocks;
   asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(blocks));
   const int rank = cluster_rank();
+  wait_for_earlier_kernels();
   const Few<F> few(a, rank, blocks);
   if (threadIdx.x < F::kConsumers)
     attend_few<F>(a, m, few);

@@ -19,6 +19,10 @@
 
 #include "kpdeploy.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in the headers before 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 extern "C" __attribute__((visibility("default"))) int kpdeploy_torch_registered;
 int kpdeploy_torch_registered = 0;
 

@@ -11,7 +11,7 @@ import click
 
 from kpdeploy.cli import NearCommands
 from kpdeploy.errors import KernelsDiffer, KernelsMissing, UnknownName
-from kpdeploy.ops import measured, providers
+from kpdeploy.ops import measured, measured_attention, providers
 from kpdeploy.ops.linear_activation import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -154,6 +154,7 @@ def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_js
     sizes = providers.parse_shape(op, shape)
     answers = providers.explain(op, device=device, dtype=dtype, sizes=sizes, at=providers.here(), activation=activation)
     elsewhere = measured.of(op, dtype, activation, tuple(sizes.values())) if device == "cuda" else []
+    attentions = measured_attention.of(dtype, tuple(sizes.values())) if (op, device) == ("attention", "cuda") else []
     if as_json:
         call = {"op": op, "device": device, "dtype": dtype, "sizes": sizes}
         runs = {r: next((a.provider.name for a in answers if _runs(a, r)), None) for r in providers.RUNTIMES}
@@ -162,7 +163,7 @@ def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_js
             | {"library": a.provider.library, "runs": a.runs, "why": a.why}
             for a in answers
         ]
-        figures = [asdict(row) | {"us": dict(row.us)} for row in elsewhere]
+        figures = [asdict(row) | {"us": dict(row.us)} for row in elsewhere] + [asdict(row) for row in attentions]
         console.print_json({**call, "runs": runs, "providers": told, "measured": figures})
         return
     said = ", ".join(f"{size} {name}" for name, size in sizes.items())
@@ -179,6 +180,8 @@ def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_js
             console.err.print(f"in {runtime} nothing runs this call: it ends in an error")
     for row in elsewhere:
         console.out.print(f"{row.told}: {row.provider} runs it there", markup=False)
+    for attention in attentions:
+        console.out.print(attention.told, markup=False)
     console.next_command(f"kpdeploy ops validate {op}")
 
 

@@ -14,7 +14,7 @@ import pytest
 from kpdeploy.cli import main
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ConfigFileBroken, KernelsMissing, ShapeMalformed, UnknownName
-from kpdeploy.ops import OPS, measured, providers
+from kpdeploy.ops import OPS, measured, measured_attention, providers
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -300,3 +300,14 @@ def test_a_wrong_table_of_a_subcommand_is_named(run: Run, table: str, said: str)
     code, _, err = run("explain", "rms_norm", "--shape", "8x16")
     assert code == ConfigFileBroken.exit_code
     assert said in err
+
+
+def test_every_attention_that_was_measured_is_told_with_both_figures(run: Run) -> None:
+    rows = measured_attention.table()
+    assert rows
+    assert all(row in measured_attention.of(row.dtype, row.shape) for row in rows)
+    slower = max(rows, key=lambda row: row.kpdeploy_us / row.peer_us)
+    shape = "x".join(map(str, slower.shape))
+    code, out, _ = run("explain", "attention", "--device", "cuda", "--dtype", "bf16", "--shape", shape)
+    assert code == 0
+    assert slower.told in " ".join(out.split())
