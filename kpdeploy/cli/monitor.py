@@ -374,3 +374,26 @@ def _tell(alert: dict[str, Any], file: Path | None, *, as_json: bool) -> None:
     console.err.print(f"{alert['status']}: {alert['labels']['alertname']}: {said.get('summary', '')}", markup=False)
     if alert["status"] == "firing":
         console.err.print(f"  next: {said.get('next', '')}", markup=False)
+
+
+@command.command()
+@click.argument("repo", metavar="REPO")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
+@click.option("--json", "as_json", is_flag=True, help="Print the dashboard, which is JSON anyway.")
+def dashboard(repo: str, output: Path | None, as_json: bool) -> None:
+    """Write a Grafana dashboard of the models of REPO, to be imported there.
+
+    \b
+    Example:
+      kpdeploy monitor dashboard models/ -o dashboard.json
+    """
+    import json
+
+    from kpdeploy.cli import console
+
+    made = _monitoring("dashboard").dashboard(_models(repo, None))
+    if output is None or as_json:
+        console.print_json(made)
+    if output is not None:
+        _write(output, json.dumps(made, indent=2) + "\n")
+        console.next_command(f"Grafana > Dashboards > New > Import: {output}")

@@ -22,7 +22,7 @@ from kpdeploy.monitoring.served import ServedBaseline
 RUNBOOK = "docs/runbook.md"
 RATIO = 1.25
 """A latency this many times its baseline is a regression; more where the baseline's own windows vary much."""
-MOST_RATIO = 1.4
+MOST_RATIO = 2.0
 BUSIER = 1.25
 """Latencies are not judged while the demand on the machine is this many times that of the baseline, and a quarter of a
 core for each core more."""
@@ -131,6 +131,11 @@ class Watched:
         return f'{{model="{self.deployment.model}",version="{self.deployment.version}"}}'
 
     @property
+    def every_version(self) -> str:
+        """For what must hold of any version, those that are published after the rules were written too."""
+        return f'{{model="{self.deployment.model}"}}'
+
+    @property
     def name(self) -> str:
         return f"{self.deployment.model} version {self.deployment.version}"
 
@@ -236,8 +241,8 @@ def recorded(model: Watched, intervals: Intervals, slo: Slo) -> Iterator[dict[st
         }
         yield {
             "record": f"kpdeploy:error_ratio:{name}",
-            "expr": f"sum by ({BY}) (rate({metrics.ERRORS.name}{model.selector}[{seconds}s])) "
-            f"/ sum by ({BY}) (rate({metrics.REQUESTS.name}{model.selector}[{seconds}s]))",
+            "expr": f"sum by ({BY}) (rate({metrics.ERRORS.name}{model.every_version}[{seconds}s])) "
+            f"/ sum by ({BY}) (rate({metrics.REQUESTS.name}{model.every_version}[{seconds}s]))",
         }
     yield from _burn_records(model, slo)
 
@@ -283,15 +288,14 @@ def alerts_of(model: Watched, *, slo: Slo, intervals: Intervals) -> list[Alert]:
 
 
 def _alert(model: Watched, name: str, expr: str, **texts: Any) -> Alert:
-    labels = {"model": model.deployment.model, "version": str(model.deployment.version)}
-    return Alert(name=name, expr=expr, labels=labels, **texts)
+    return Alert(name=name, expr=expr, labels={"model": model.deployment.model}, **texts)
 
 
 def _availability(model: Watched, intervals: Intervals) -> Iterator[Alert]:
-    s, repo = model.selector, model.deployment.repository
+    s, repo = model.every_version, model.deployment.repository
     yield _alert(
         model, "KpdeployServerDown", f"{metrics.UP.name}{s} == 0", hold=intervals.dead, severity="page",
-        summary=f"{model.name}: the server does not answer",
+        summary=f"{model.deployment.model}: the server does not answer",
         meaning="Nothing answers at the server's address, or not in time: no request of this model is served.",
         causes="the server ended or was stopped; it is overloaded and times out; the network; a wrong --url",
         command=f"kpdeploy verify {repo} --url HOST:PORT; read the server's log; kpdeploy serve {repo}",
@@ -300,7 +304,7 @@ def _availability(model: Watched, intervals: Intervals) -> Iterator[Alert]:
         model, "KpdeployModelNotReady",
         f"({metrics.READY.name}{s} == 0) and on ({BY}) ({metrics.UP.name}{s} == 1)",
         hold=intervals.dead, severity="page",
-        summary=f"{model.name}: the server is up, and has not loaded it",
+        summary=f"{model.deployment.model}: the server is up, and has not loaded it",
         meaning="The server answers, and says that this version is not loaded: its requests fail.",
         causes="the model failed to load; the server serves another version; it was unloaded by hand",
         command=f"curl -X POST HOST:8000/v2/repository/index; kpdeploy doctor {repo}",
@@ -309,7 +313,7 @@ def _availability(model: Watched, intervals: Intervals) -> Iterator[Alert]:
         model, "KpdeployStubDead",
         f'sum by ({BY}) (increase({metrics.ERRORS.name}{s[:-1]},reason="stub_dead"}}[{intervals.short}s])) > 0',
         hold=0, severity="page",
-        summary=f"{model.name}: the process that runs it is dead",
+        summary=f"{model.deployment.model}: the process that runs it is dead",
         meaning="Triton's python backend lost its process. Triton never restarts it and still reports ready, while "
         "requests fail (kpdeploy serve loads the model again by itself).",
         causes="out of memory (dmesg), a crash in the runtime or a kernel, a kill",
@@ -319,7 +323,7 @@ def _availability(model: Watched, intervals: Intervals) -> Iterator[Alert]:
         model, "KpdeployErrors",
         f"kpdeploy:error_ratio:short{s} > 0.05 and kpdeploy:error_ratio:long{s} > 0.05",
         hold=0, severity="page",
-        summary=f"{model.name}: golden requests fail",
+        summary=f"{model.deployment.model}: golden requests fail",
         meaning="More than 5 % of the golden requests got no answer, over the short and the long window.",
         causes="see the reason in kpdeploy_probe_errors_total; the model, its version, its process, or overload",
         command=f"kpdeploy verify {repo} --url HOST:PORT",
@@ -339,13 +343,14 @@ def _availability(model: Watched, intervals: Intervals) -> Iterator[Alert]:
 
 
 def _answers(model: Watched, intervals: Intervals) -> Iterator[Alert]:
-    s, repo = model.selector, model.deployment.repository
+    s, repo = model.every_version, model.deployment.repository
     drift, limit = f"{metrics.DRIFT.name}{s}", f"{metrics.DRIFT_TOLERANCE.name}{s}"
     yield _alert(
         model, "KpdeployWrongAnswers",
-        f"max by ({BY}) ({drift} > {limit}) or increase({metrics.WRONG.name}{s}[{intervals.short}s]) > 0",
+        f"max by ({BY}) ({drift} > {limit}) or "
+        f"sum by ({BY}) (increase({metrics.WRONG.name}{s}[{intervals.short}s])) > 0",
         hold=0, severity="page",
-        summary=f"{model.name}: its answers are not the golden ones",
+        summary=f"{model.deployment.model}: its answers are not the golden ones",
         meaning="The distance of an answer from the golden answer is above the tolerance with which it was proven.",
         causes="other weights than the exported ones; another runtime, precision or CPU; a corrupted file; a kernel",
         command=f"kpdeploy verify {repo} --url HOST:PORT; kpdeploy ops validate",
@@ -353,7 +358,7 @@ def _answers(model: Watched, intervals: Intervals) -> Iterator[Alert]:
     yield _alert(
         model, "KpdeployWrongArtifact", f"min by ({BY}) ({metrics.ARTIFACT_MATCHES.name}{s}) == 0",
         hold=intervals.hold, severity="page",
-        summary=f"{model.name}: another artifact is served, or its files were changed",
+        summary=f"{model.deployment.model}: another artifact is served, or its files were changed",
         meaning="The version or the digest that the server states is not the repository's, or a file of the version is "
         "not the one that was proven (label `source` of kpdeploy_probe_artifact_matches).",
         causes="a deploy or a rollback that did not reach this server; a server that polls no more; an edited file",
@@ -394,6 +399,15 @@ def _latency(model: Watched, intervals: Intervals) -> Iterator[Alert]:
     )  # fmt: skip
     if model.served is not None:
         yield _slow(model, causes)
+    other = f'{{model="{model.deployment.model}",version!="{model.deployment.version}"}}'
+    yield _alert(
+        model, "KpdeployRulesStale", f"{metrics.UP.name}{other}", hold=600, severity="ticket",
+        summary=f"{model.deployment.model}: another version is watched than the rules were written for",
+        meaning=f"Latencies and objectives are judged for version {model.deployment.version} only; answers, errors and "
+        "the artifact are judged for every version.",
+        causes="a version was published, and the rules were not written again",
+        command=f"kpdeploy monitor baseline {repo} --url HOST:PORT; kpdeploy monitor rules {repo} -o rules.yml",
+    )  # fmt: skip
 
 
 def _slow(model: Watched, causes: str) -> Alert:

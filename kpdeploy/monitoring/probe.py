@@ -302,7 +302,8 @@ class Probe:
     def _follow_repository(self) -> None:
         """Ask for the version that the repository names now: who publishes is watched from then on."""
         deployment = find_deployment(self.repo, self.model)
-        if deployment.manifest.digest == self.golden.deployment.manifest.digest:
+        known = self.golden.deployment
+        if (deployment.version, deployment.manifest.digest) == (known.version, known.manifest.digest):
             return
         golden = Golden.read(deployment)
         old = self.golden.labels
