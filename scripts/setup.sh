@@ -44,6 +44,8 @@ command -v java >/dev/null || missing+=(openjdk-17-jre-headless)
 # `kpdeploy monitor up` and the tests of its alerts.
 command -v promtool >/dev/null || missing+=(prometheus)
 command -v amtool >/dev/null || missing+=(prometheus-alertmanager)
+# The history's tests run on SQLite and on a PostgreSQL of their own.
+compgen -G '/usr/lib/postgresql/*/bin/initdb' >/dev/null || missing+=(postgresql)
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing Debian packages: ${missing[*]}"
     command -v apt-get >/dev/null || fail "install these first: ${missing[*]}"

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,18 +37,17 @@ POSTGRES = next(Path("/usr/lib/postgresql").glob("*/bin/initdb"), None)
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """A real PostgreSQL server on a socket of its own."""
     if POSTGRES is None:
         pytest.skip("NOT RUN on PostgreSQL: no server is installed (Debian package postgresql)")
     pytest.importorskip("psycopg", reason="NOT RUN on PostgreSQL: psycopg is not installed")
-    folder = tmp_path_factory.mktemp("pg")
+    # Not below pytest's folder, which only its user may enter; and a socket's path is short.
+    folder = Path(tempfile.mkdtemp(prefix="kpdeploy-pg-"))
     # The server refuses to run as root.
     prefix: list[str] = []
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
-        for parent in (folder.parent, folder.parent.parent):
-            parent.chmod(0o755)
         prefix = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
     data, tools = folder / "data", POSTGRES.parent
     subprocess.run(
@@ -65,6 +65,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stdout=subprocess.DEVNULL,
             cwd=folder,
         )
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
