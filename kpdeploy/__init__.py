@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kpdeploy.bench import bench as bench
     from kpdeploy.errors import KpdeployError as KpdeployError
     from kpdeploy.load import load_model as load_model
+    from kpdeploy.pipeline import auto_optimize as auto_optimize
     from kpdeploy.pipeline import export as export
     from kpdeploy.pipeline import migrate as migrate
     from kpdeploy.serving import serve as serve
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "export": "kpdeploy.pipeline",
+    "auto_optimize": "kpdeploy.pipeline",
     "migrate": "kpdeploy.pipeline",
     "load_model": "kpdeploy.load",
     "serve": "kpdeploy.serving",

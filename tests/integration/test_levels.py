@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from kpdeploy import export
+from kpdeploy import auto_optimize, export
 from kpdeploy.backends import lowerings
 from kpdeploy.compare import relative_error
-from kpdeploy.errors import BudgetUnmet
+from kpdeploy.errors import BudgetUnmet, InputMismatch
 from kpdeploy.export.int8 import quantize
 from kpdeploy.hardware import detect
 from kpdeploy.pipeline import Candidate, ExportReport
@@ -100,3 +100,20 @@ def test_a_latency_that_nothing_reaches_ends_with_all_that_was_reached_and_publi
 def test_a_latency_that_level_1_holds_ends_the_climb_there(tmp_path: Path) -> None:
     report = exported(tmp_path / "models", level="auto", latency_budget_ms=1e4)
     assert {candidate.level for candidate in report.candidates} == {1}
+
+
+@needs_levels
+def test_auto_optimize_gives_the_model_back_as_what_was_packaged(tmp_path: Path) -> None:
+    fast = auto_optimize(
+        net(), torch.randn(4, 64), repo=tmp_path / "models", format="openvino", level="2", accuracy_budget=0.05
+    )
+    fresh = torch.randn(3, 64)
+    with torch.inference_mode():
+        expected = net()(fresh).numpy()
+    (out,) = fast(fresh).values()
+    assert relative_error(out, expected) <= 0.05
+    (named,) = fast(**{fast.report.deployment.manifest.signature.inputs[0].name: fresh.numpy()}).values()
+    assert np.array_equal(named, out)
+    for wrong in ((), (fresh, fresh), (fresh.double(),), (fresh[0],)):
+        with pytest.raises(InputMismatch):
+            fast(*wrong)

@@ -9,7 +9,7 @@ import pytest
 from kpdeploy.backends import cpu, lowerings
 from kpdeploy.errors import KpdeployError, LevelUnavailable, UnknownName
 from kpdeploy.hardware import Gpu, Hardware
-from kpdeploy.pipeline import _rungs as rungs
+from kpdeploy.pipeline.levels import rungs_of as rungs
 
 PLAIN = Hardware(
     cpu="Old CPU", physical_cores=2, logical_cores=2, usable_cores=2.0, isa=("avx2",), memory_bytes=1 << 30, gpus=()
@@ -46,7 +46,7 @@ def test_an_idle_gpu_is_told_and_none_is_not() -> None:
 
 
 def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kpdeploy.pipeline.detect", lambda: hardware)
+    monkeypatch.setattr("kpdeploy.pipeline.levels.detect", lambda: hardware)
 
 
 def test_level_1_tries_nothing_and_auto_all_ways_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:

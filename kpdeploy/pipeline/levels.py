@@ -1,0 +1,145 @@
+"""Levels 2 and 3: what level 1 has exported, in fewer bits, within a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kpdeploy.artifact import Artifact
+from kpdeploy.backends import LEVELS, Lowering, lowerings
+from kpdeploy.compare import TOLERANCES
+from kpdeploy.decision import Decision
+from kpdeploy.errors import BudgetUnmet, ExportFailed, LevelUnavailable, UnknownName
+from kpdeploy.hardware import detect
+from kpdeploy.inputs import Tensors
+from kpdeploy.model import Model
+from kpdeploy.pipeline.candidates import Candidate, prove_one
+from kpdeploy.pipeline.room import reason_of
+from kpdeploy.progress import Progress
+from kpdeploy.serving.target import TARGETS
+from kpdeploy.signature import Point, Signature
+from kpdeploy.verify import Question
+
+if TYPE_CHECKING:
+    from kpdeploy.export import Capture
+
+
+ACCURACY_BUDGET = 1e-2
+"""Levels 2 and 3 may differ from the model by so much, unless stated."""
+
+
+ASKED_SAMPLES = 8
+"""So many of the user's calibration samples are asked in the proof."""
+
+
+Rung = tuple[Lowering, ...]
+
+
+def rungs_of(target: str, format: str, level: str, accuracy: float, latency_ms: float | None) -> list[Rung]:
+    """The ways to lower precision that will be tried, all at once; step by step where a latency may end it early.
+
+    Raises:
+        UnknownName: no such level, or a budget that is none.
+        LevelUnavailable: the level was asked for, and this machine, target or format has none of its ways.
+    """
+    from kpdeploy.load import choose
+
+    choose("level", level, ("auto", *map(str, LEVELS)))
+    for name, value in (("accuracy budget", accuracy), ("latency budget", latency_ms)):
+        if value is not None and not 0 < value < math.inf:
+            raise UnknownName(f"the {name} {value} is not a number above 0", next_step="give one, such as 1e-2")
+    top = LEVELS[-1] if level == "auto" else int(level)
+    known = [_reachable(way, target, format) for way in lowerings(detect()) if way.level <= top]
+    missing = [way for way in known if way.level == top and way.missing]
+    if level != "auto" and top > 1 and len(missing) == sum(way.level == top for way in known):
+        raise LevelUnavailable(
+            f"level {level} cannot be had here",
+            why="; ".join(f"{way.precision}: {way.missing}" for way in missing),
+            next_step="leave it to the tool with --level auto, or see `kpdeploy doctor`",
+        )
+    steps = [tuple(way for way in known if way.level == step) for step in range(1, top + 1)]
+    return steps if latency_ms is not None else [tuple(way for step in steps for way in step)]
+
+
+def _reachable(way: Lowering, target: str, format: str) -> Lowering:
+    """The same way, or what rules it out."""
+    if way.missing:
+        return way
+    if way.format not in TARGETS[target].formats:
+        return replace(way, missing=f"it needs the format {way.format}, which {target} does not serve")
+    if format not in ("auto", way.format):
+        return replace(way, missing=f"it needs the format {way.format}, and {format} was asked for")
+    return way
+
+
+def check_latency(candidates: Sequence[Candidate], chosen: Candidate, budget_ms: float | None) -> None:
+    if budget_ms is None or chosen.latencies[0].p50_ms <= budget_ms:
+        return
+    reached = ", ".join(
+        f"{c.label} {c.latencies[0].p50_ms:.2f} ms" if c.latencies else f"{c.label} out ({c.reason})"
+        for c in candidates
+    )
+    raise BudgetUnmet(
+        f"nothing answers a single request within {budget_ms:g} ms",
+        why=f"reached: {reached}",
+        next_step="allow more with --latency-budget-ms or --accuracy-budget, or more of --level",
+    )
+
+
+def asked_of(samples: Sequence[Tensors], model: Model) -> list[Question]:
+    """Some of the user's own samples as questions of the proof."""
+    from kpdeploy.load.reference import reference
+
+    answer = reference(model)
+    some = samples[:: max(1, len(samples) // ASKED_SAMPLES)][:ASKED_SAMPLES]
+    points = [_point_of(model.signature, inputs) for inputs in some]
+    return [Question(point=p, inputs=i, expected=answer(i)) for p, i in zip(points, some, strict=True)]
+
+
+def _point_of(signature: Signature, inputs: Tensors) -> Point:
+    sizes = ((dim, size) for s in signature.inputs for dim, size in zip(s.shape, inputs[s.name].shape, strict=True))
+    return {dim: size for dim, size in sizes if isinstance(dim, str)}
+
+
+@dataclass(frozen=True)
+class Lower:
+    """Makes candidates of levels 2 and 3 from what level 1 has exported."""
+
+    capture: Capture
+    asked: Sequence[Question]
+    samples: Sequence[Tensors]
+    budget: float
+    progress: Progress
+
+    def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
+        blank = Candidate(format=way.format, settings=way.settings, level=way.level, reason=way.missing)
+        plain = next((c.artifact for c in known if c.format == way.format and c.level == 1 and not c.fused), None)
+        if way.missing:
+            return replace(blank, format=way.format or way.what, settings={})
+        if plain is None:
+            return replace(blank, reason=f"there is no {way.format} artifact to begin with")
+        tolerances = dict.fromkeys(TOLERANCES, self.budget)
+        told: tuple[Decision, ...] = ()
+        try:
+            artifact = replace(plain, settings=way.settings)
+            if way.quantized:
+                artifact, decision = self._quantized(plain, way)
+                told = (decision,)
+        except ExportFailed as error:
+            return replace(blank, reason=reason_of(error))
+        with self.progress.step(f"proving {blank.label} in a fresh process"):
+            proven = prove_one(artifact, self.capture.model, self.asked, tolerances)
+        return replace(proven, level=way.level, decisions=(*told, *proven.decisions))
+
+    def _quantized(self, plain: Artifact, way: Lowering) -> tuple[Artifact, Decision]:
+        from kpdeploy.export.int8 import quantize
+        from kpdeploy.load.calibration import calibration
+
+        folder = plain.folder.with_name(f"{plain.format}-{way.precision}")
+        folder.mkdir()
+        samples = self.samples or calibration(self.capture.signature, None)
+        with self.progress.step(f"quantizing to {way.precision} on {len(samples)} samples (minutes)"):
+            decision = quantize(plain.path, folder, samples, budget=self.budget)
+        return replace(plain, folder=folder, settings=way.settings), decision
