@@ -1,10 +1,9 @@
 // linear_activation and gated_linear on compute capability 9.0: the copy engine fills stages of shared memory, two
 // warpgroups multiply on the tensor cores, bias and activation are applied to the sums in registers.
 //
-// Many rows: a persistent block makes tiles of 128 rows x kColumns; two blocks of a cluster take tiles below each other
-// and each loads half of the weight's rows for both. Of the block's two warpgroups (64 rows each) the first runs a few
-// stages ahead, so that one finishes its tile while the other one multiplies.
-// Few rows (up to 128): out^T = weight x^T, 64 rows of the weight to a block; the blocks of a cluster share out K, and
+// Many rows: a persistent block makes tiles of 128 rows x kColumns, 64 rows to a warpgroup. A tile is finished (activation,
+// rounding, storing) while the tensor cores work on the next one.
+// Few rows (up to 64): out^T = weight x^T, 64 rows of the weight to a block; the blocks of a cluster share out K, and
 // add their sums through each other's shared memory. The weight is read once.
 
 #include <math.h>
@@ -158,13 +157,13 @@ using BiasOf = std::conditional_t<kIsF8<T>, bf16, T>;
 struct Grid {
   int rows, columns;  // of out
   int steps;          // along K
-  int down, across;   // clusters' tiles
+  int down, across;   // tiles
 };
 
-template <class T, class Out, int kColumns, bool kGated, int kCluster>
+template <class T, class Out, int kColumns, bool kGated>
 struct Tile {
   static constexpr int kOut = kGated ? kColumns / 2 : kColumns;
-  static constexpr int kBox = kColumns / (kGated && kCluster == 1 ? 2 : kCluster);  // rows of a weight in one load
+  static constexpr int kBox = kColumns / (kGated ? 2 : 1);  // rows of a weight in one load
   static constexpr int kStage = (kTileRows + kColumns) * kLine;
   static constexpr int kVectors = kOut * (kIsF8<T> ? 2 : 1);  // floats of a warpgroup: bias, scales of the weight
   static constexpr int kPatch = 16 * kLine;                   // what a warp stores at once
@@ -175,13 +174,13 @@ struct Tile {
   static_assert(kStages >= 3 && kBytes <= kShared);
 };
 
-// Where a cluster's tile starts. Clusters that run together share a band of rows, and with it what is in the second cache.
-__device__ inline int2 corner_of(const Grid& g, int tile, int cluster, int rank, int columns) {
+// Where a tile starts. Blocks that run together share a band of rows, and with it what is in the second cache.
+__device__ inline int2 corner_of(const Grid& g, int tile, int columns) {
   constexpr int kBand = 8;
   const int band = tile / (kBand * g.across), within = tile % (kBand * g.across);
   const int height = min(kBand, g.down - band * kBand);
   const int down = band * kBand + within % height;
-  return {(down * cluster + rank) * kTileRows, within / height * columns};
+  return {down * kTileRows, within / height * columns};
 }
 
 // Part `part` of a tile, 32 columns of a warp's 16 rows, which start at `at`: pair(block, half) gives two neighbours in a
@@ -221,23 +220,23 @@ __device__ inline void put(int part, const CUtensorMap& out, uint32_t patches, i
   }
 }
 
-template <class T, class Out, int kColumns, bool kGated, int kCluster>
+template <class T, class Out, int kColumns, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_tiles(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                    const __grid_constant__ CUtensorMap gate, const __grid_constant__ CUtensorMap out,
                    const __grid_constant__ Finish f, const __grid_constant__ Grid g) {
-  using S = Tile<T, Out, kColumns, kGated, kCluster>;
+  using S = Tile<T, Out, kColumns, kGated>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t stages = shared_address(memory), patches = stages + S::kStages * S::kStage;
   const uint32_t after = patches + S::kPatches * kConsumers * S::kPatch;
   float* const vectors = reinterpret_cast<float*>(memory + (after - stages));
   const uint32_t full = after + kGroups * S::kVectors * 4, empty = full + 8 * S::kStages;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = kCluster > 1 ? cluster_rank() : 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, kConsumers * kCluster);
+      barrier_init(empty + 8 * i, kConsumers);
     }
     barriers_ready();
   }
@@ -245,16 +244,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(x);
     prefetch_map(weight);
   }
-  if (kCluster > 1) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    __syncthreads();
-  }
+  __syncthreads();
   wait_for_earlier_kernels();
   let_next_kernel_begin();
 
-  const int tiles = g.down * g.across, first = blockIdx.x / kCluster, step = gridDim.x / kCluster;
+  const int tiles = g.down * g.across, first = blockIdx.x, step = gridDim.x;
   int stage = 0, phase = 0;
   const auto advance = [&] {
     if (++stage == S::kStages) {
@@ -266,22 +260,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_down<40>();
     if (threadIdx.x == kConsumers * 32)
       for (int tile = first; tile < tiles; tile += step) {
-        const int2 at = corner_of(g, tile, kCluster, rank, S::kOut);
+        const int2 at = corner_of(g, tile, S::kOut);
         for (int k = 0; k < g.steps; ++k, advance()) {
           const uint32_t to = stages + stage * S::kStage, barrier = full + 8 * stage;
           const int column = k * (kLine / int{sizeof(T)});
           wait_for(empty + 8 * stage, phase ^ 1);
           arrive_expecting(barrier, S::kStage);
-          copy_box(to, x, column, at.x, barrier);
           const uint32_t weights = to + kTileRows * kLine;
-          if constexpr (kCluster > 1) {
-            const CUtensorMap& map = kGated && rank == 0 ? gate : weight;
-            copy_box_to(weights + rank * S::kBox * kLine, map, column, kGated ? at.y : at.y + rank * S::kBox, barrier,
-                        (1 << kCluster) - 1);
-          } else {
-            copy_box(weights, kGated ? gate : weight, column, at.y, barrier);
-            if (kGated) copy_box(weights + S::kBox * kLine, weight, column, at.y, barrier);
-          }
+          copy_box(to, x, column, at.x, barrier);
+          copy_box(weights, kGated ? gate : weight, column, at.y, barrier);
+          if (kGated) copy_box(weights + S::kBox * kLine, weight, column, at.y, barrier);
         }
       }
   } else {
@@ -290,12 +278,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     float* const own = vectors + group * S::kVectors;
     const uint32_t own_patches = patches + warp * S::kPatches * S::kPatch;
     const auto release = [&](int which) {
-      if (lane < kCluster) {
-        if (kCluster > 1)
-          arrive_at(empty + 8 * which, lane);
-        else
-          arrive(empty + 8 * which);
-      }
+      if (lane == 0) arrive(empty + 8 * which);
     };
     const float out_scale = kIsF8<Out> ? 1 / *f.out_scale : 1;
     // A tile's sums, rounded as a linear's output is, wait until the next tile is under way: what is left to do with them
@@ -322,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       return finished(v.x, v.y, u.x, u.y);
     };
     for (int tile = first; tile < tiles; tile += step) {
-      const int2 at = corner_of(g, tile, kCluster, rank, S::kOut);
+      const int2 at = corner_of(g, tile, S::kOut);
       // Asked for now, needed when the sums are there.
       float bias[(S::kOut + 127) / 128], scale[(S::kOut + 127) / 128], row_scales[2] = {1, 1};
 #pragma unroll
@@ -412,11 +395,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     if (lane == 0) wait_boxes_read<0>();
   }
-  if (kCluster > 1) {
-    __syncwarp();
-    cluster_arrive();  // what the other block sends here must find it
-    cluster_wait();
-  }
 }
 
 constexpr int kFewThreads = 128 + 32;
@@ -428,9 +406,10 @@ struct Few {
   static constexpr int kPitch = 64 + 4;  // floats of one row of x in the sums: no bank meets two lanes
   static constexpr int kSums = kRows * kPitch;
   static constexpr int kSent = kWeights * kRows / 8 * 128 * 16;  // bytes that a block sends: four floats of each thread
-  static constexpr int kMostBlocks = kRows <= 32 ? 4 : 2;
-  static constexpr int kFit = (kShared - 256 - (kMostBlocks - 1) * kSent) / kStage;
-  static constexpr int kStages = kFit < (kRows <= 32 ? 10 : 8) ? kFit : (kRows <= 32 ? 10 : 8);
+  static constexpr int kMostBlocks = 2;
+  // Two blocks to a processor: the next kernel's start while this one's run.
+  static constexpr int kFit = (kShared / 2 - 1024 - 256 - (kMostBlocks - 1) * kSent) / kStage;
+  static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kBytes = kStages * kStage + (kMostBlocks - 1) * kSent + 256;
   static_assert(kWeights * kSums * 4 <= kStages * kStage);
 };
@@ -463,7 +442,7 @@ __global__ void __launch_bounds__(kFewThreads)
     arrive_expecting(sent, (blocks - 1) * S::kSent);
   }
   __syncthreads();
-  if (blocks > 1) cluster_arrive();  // this block is there, and takes what others send
+  if (blocks > 1) cluster_arrive_relaxed();  // this block is there, and takes what others send
   let_next_kernel_begin();
   if (threadIdx.x == 128)
     for (int k = begin; k < end && k < begin + S::kStages; ++k) {
@@ -691,21 +670,20 @@ CUtensorMap map_of(const CudaMatrix& m, int64_t rows, int64_t k, int box) {
 
 int blocks_of(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
 
-template <class T, class Out, int kColumns, bool kGated, int kCluster>
+template <class T, class Out, int kColumns, bool kGated>
 void run_tiles(const CudaLinear& a, int processors, void* stream) {
-  using S = Tile<T, Out, kColumns, kGated, kCluster>;
+  using S = Tile<T, Out, kColumns, kGated>;
   Grid g{};
   g.rows = static_cast<int>(a.rows);
   g.columns = static_cast<int>(a.n);
   g.steps = blocks_of(a.k * sizeof(T), kLine);
-  g.down = blocks_of(a.rows, kTileRows * kCluster);
+  g.down = blocks_of(a.rows, kTileRows);
   g.across = blocks_of(a.n, S::kOut);
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kTileRows);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, S::kBox);
   const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, S::kBox) : weight;
   const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16);
-  const int clusters = std::min(g.down * g.across, processors / kCluster);
-  launch_clusters(multiply_tiles<T, Out, kColumns, kGated, kCluster>, clusters * kCluster, kCluster, kThreads, S::kBytes,
+  launch_clusters(multiply_tiles<T, Out, kColumns, kGated>, std::min(g.down * g.across, processors), 1, kThreads, S::kBytes,
                   stream, x, weight, gate, out, finish_of(a), g);
 }
 
@@ -750,21 +728,20 @@ bool fits(const CudaLinear& a) {
 }
 
 // How long tiles of this many columns take, in columns: each wave its tile, and what is not hidden behind the next one.
-int64_t cost_of(const CudaLinear& a, int columns, int cluster, int processors) {
-  const int64_t tiles = int64_t{blocks_of(a.rows, kTileRows * cluster)} * blocks_of(a.n, columns);
-  const int64_t at_once = processors / cluster, waves = (tiles + at_once - 1) / at_once;
-  return waves * (columns + 16) + columns / 2;
+int64_t cost_of(const CudaLinear& a, int columns, int processors) {
+  const int64_t tiles = int64_t{blocks_of(a.rows, kTileRows)} * blocks_of(a.n, columns);
+  return (tiles + processors - 1) / processors * (columns + 16) + columns / 2;
 }
 
 template <class T, class Out>
 void run_widest(const CudaLinear& a, int processors, void* stream) {
-  const int64_t wide = cost_of(a, 256, 2, processors), narrow = cost_of(a, 128, 1, processors) * 5 / 4;
+  const int64_t wide = cost_of(a, 256, processors), narrow = cost_of(a, 128, processors) * 5 / 4;
   int64_t middle = INT64_MAX;
-  if constexpr (!kIsF8<Out>) middle = cost_of(a, 192, 2, processors) * 21 / 20;
-  if (wide <= middle && wide <= narrow) return run_tiles<T, Out, 256, false, 2>(a, processors, stream);
+  if constexpr (!kIsF8<Out>) middle = cost_of(a, 192, processors) * 21 / 20;
+  if (wide <= middle && wide <= narrow) return run_tiles<T, Out, 256, false>(a, processors, stream);
   if constexpr (!kIsF8<Out>)
-    if (middle <= narrow) return run_tiles<T, Out, 192, false, 2>(a, processors, stream);
-  run_tiles<T, Out, 128, false, 1>(a, processors, stream);
+    if (middle <= narrow) return run_tiles<T, Out, 192, false>(a, processors, stream);
+  run_tiles<T, Out, 128, false>(a, processors, stream);
 }
 
 }  // namespace
@@ -780,7 +757,7 @@ bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
     else if (a.rows <= 64)
       run_few<T, T, 64, true>(a, processors, stream);
     else
-      run_tiles<T, T, 256, true, 2>(a, processors, stream);
+      run_tiles<T, T, 256, true>(a, processors, stream);
   } else {
     if (a.rows == 1)
       run_dots<T, 1, false>(a, stream);

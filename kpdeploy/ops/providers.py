@@ -79,11 +79,11 @@ CUBLASLT_ACTIVATIONS = ("none", "relu", "gelu_tanh")
 
 def _cublaslt_refuses(call: Call) -> str:
     """As csrc/core/linear.cu decides."""
-    if call.activation not in CUBLASLT_ACTIVATIONS:
-        return f"it has no epilogue for {call.activation}"
     known = call.measured()
     if known:
         return known.told if known.provider == "kpdeploy" else ""
+    if call.activation not in CUBLASLT_ACTIVATIONS:
+        return f"it has no epilogue for {call.activation}"
     if 0 in call.sizes.values():
         return "there is nothing to multiply"
     whole_rows = call.sizes["inputs"] % 8 == call.sizes["outputs"] % 8 == 0
