@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from kpdeploy.artifact import Comparison
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import KpdeployError, ModelLoadFailed, NotReady, PortInUse, RepositoryBroken, ServerDied
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import replay
+from kpdeploy.serving.proof import prove_served
 from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.storage import fetch, local_path
 from kpdeploy.serving.torchserve.archive import archive_name
@@ -336,22 +338,11 @@ class Server:
         return (reason[1] or reason[2]) if reason else failure
 
     def _prove(self, deployment: Deployment) -> None:
-        baseline = Baseline.read(Path(deployment.folder))
-        try:
+        def ask(deployment: Deployment, baseline: Baseline) -> list[Comparison]:
             with TorchServeClient(self.http, token=self.token, timeout_s=30) as client:
-                comparisons = replay(client, deployment, baseline)
-        except KpdeployError as error:
-            why, comparisons = f"{error.what}: {error.why}", []
-        else:
-            wrong = [c for c in comparisons if not c.passed]
-            if comparisons and not wrong:
-                return
-            why = ", ".join(f"{c.output} is off by {c.error:.1e}, at most {c.tolerance:.1e} is right" for c in wrong)
-        raise NotReady(
-            f"{deployment.model} is loaded, and does not give its golden answers",
-            why=why or "it has no golden requests",
-            next_step=f"export the model again on this machine; the server's log is {kept_log(self._space)}",
-        )
+                return replay(client, deployment, baseline)
+
+        prove_served(deployment, ask, log=kept_log(self._space))
 
     def _log_tail(self, lines: int = 12) -> str:
         text = self.log.read_text(errors="replace") if self.log.exists() else ""

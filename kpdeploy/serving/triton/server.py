@@ -13,12 +13,14 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from kpdeploy.artifact import Comparison
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied, UnknownName
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import PACKAGES
 from kpdeploy.serving.client import connect, replay
+from kpdeploy.serving.proof import prove_served
 from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.storage import fetch, local_path
 from kpdeploy.serving.triton import control
@@ -210,23 +212,11 @@ class Server:
         )
 
     def _prove(self, deployment: Deployment) -> None:
-        baseline = Baseline.read(Path(deployment.folder))
-        try:
+        def ask(deployment: Deployment, baseline: Baseline) -> list[Comparison]:
             with connect(f"grpc://{self.grpc}") as client:
-                comparisons = replay(client, deployment, baseline)
-        except KpdeployError as error:
-            why = f"{error.what}: {error.why}" if error.why else error.what
-            comparisons = []
-        else:
-            wrong = [c for c in comparisons if not c.passed]
-            if comparisons and not wrong:
-                return
-            why = ", ".join(f"{c.output} is off by {c.error:.1e}, at most {c.tolerance:.1e} is right" for c in wrong)
-        raise NotReady(
-            f"{deployment.model} is loaded, and does not give its golden answers",
-            why=why or "it has no golden requests",
-            next_step=f"export the model again on this machine; the server's log is {kept_log(self._space)}",
-        )
+                return replay(client, deployment, baseline)
+
+        prove_served(deployment, ask, log=kept_log(self._space))
 
     def _died(self) -> ServerDied:
         return ServerDied(
