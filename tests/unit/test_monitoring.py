@@ -181,3 +181,30 @@ def test_prometheus_reads_the_configuration(tmp_path: Path) -> None:
     )
     (tmp_path / "prometheus.yml").write_text(stack.to_yaml(config))
     subprocess.run(["promtool", "check", "config", str(tmp_path / "prometheus.yml")], check=True, capture_output=True)
+
+
+# The compose file
+
+
+def test_the_files_of_the_compose_file_are_what_monitor_up_runs_with(tmp_path: Path) -> None:
+    import yaml
+
+    folder = Path(__file__).parents[2] / "docker"
+    services = yaml.safe_load((folder / "compose.yaml").read_text())["services"]
+    assert {"triton", "probe", "prometheus", "alertmanager"} <= services.keys()
+    # Nothing is open to the network.
+    ports = [port for service in services.values() for port in service.get("ports", ())]
+    assert ports
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+    config = yaml.safe_load((folder / "monitoring" / "prometheus.yml").read_text())
+    assert config == stack.prometheus_config(
+        rules=Path("/etc/prometheus/rules/rules.yml"),
+        alertmanager="alertmanager:9093",
+        targets={"kpdeploy-probe": "triton:9105", "triton": "triton:8002"},
+        every_seconds=5,
+    )
+    told = yaml.safe_load((folder / "monitoring" / "alertmanager.yml").read_text())
+    assert told == stack.alertmanager_config("http://webhook.example:8080/")
+    mounted = [v.partition(":")[0] for s in services.values() for v in s.get("volumes", ()) if v.startswith("./")]
+    assert all((folder / path).is_file() for path in mounted)
+    assert len(mounted) == 2
