@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # setuptools must come before anyone's distutils, which it replaces; torch imports it when AOTInductor first compiles.
 import setuptools  # noqa: F401
 from hypothesis import settings
+
+# Where this was started with SIGINT ignored, as a shell's background jobs are, its children would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Nothing is fetched from a model hub, whatever a test loads.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -215,7 +215,8 @@ def test_new_versions_are_served_as_they_are_published_and_rolled_back(
         return lambda: [entry["modelVersion"] for entry in server.management.versions("tiny")] == [str(version)]
 
     publish_tiny(repo, tmp_path / "files", scale=2.0)
-    wait_for(served(2))
+    wait_for(lambda: served(2)() or any("v2 is not served" in line for line in told.lines), 150)
+    assert served(2)(), told.lines
     assert verify(str(repo), url=server.http, token=server.token).passed
     publish_tiny(repo, tmp_path / "files", artifact=b"broken")
     wait_for(lambda: any("v3 is not served" in line for line in told.lines), 90)
