@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kpdeploy.cli import NearCommands
+from kpdeploy.cli.token import inference_token, token_file_option
 
 if TYPE_CHECKING:
     from kpdeploy.monitoring.alerts import Slo, Watched
@@ -78,10 +79,11 @@ def _models(repo: str, model: str | None) -> list[str]:
 @click.option("--timeout-seconds", type=POSITIVE, default=5.0, show_default=True, help="Later than that is an error.")
 @click.option("--port", type=PORT, default=9105, show_default=True, help="Port of the metrics; 0 chooses a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the metrics; 0.0.0.0: the network.")
+@token_file_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object when the metrics are there.")
 def probe(
     repo: str, url: str, protocol: str, model: str | None, rate: float | None, timeout_seconds: float, port: int,
-    host: str, as_json: bool,
+    host: str, token_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Send the golden requests of REPO to a server at a fixed rate, and export what came back, until Ctrl-C.
 
@@ -102,7 +104,10 @@ def probe(
         signal.signal(number, lambda *_: sys.exit(0))
     prober, stack = _monitoring("probe"), _monitoring("stack")
     exporter = prober.Exporter()
-    probes = _probes(repo, model, exporter, url=url, protocol=protocol, rate=rate, timeout_s=timeout_seconds)
+    token = inference_token(token_file)
+    probes = _probes(
+        repo, model, exporter, url=url, protocol=protocol, rate=rate, timeout_s=timeout_seconds, token=token
+    )
     with prober.probing(probes), stack.export_metrics(exporter.registry, port, host=host) as address:
         metrics = f"http://{address}/metrics"
         if as_json:
@@ -116,8 +121,9 @@ def probe(
 
 
 def _probes(
-    repo: str, model: str | None, exporter: Exporter, *, url: str, protocol: str, rate: float | None, timeout_s: float
-) -> list[Probe]:
+    repo: str, model: str | None, exporter: Exporter, *, url: str, protocol: str, rate: float | None,
+    timeout_s: float, token: str,
+) -> list[Probe]:  # fmt: skip
     from kpdeploy.cli import console
     from kpdeploy.monitoring.probe import Probe
     from kpdeploy.monitoring.served import find_served
@@ -134,8 +140,8 @@ def _probes(
             )
         probes.append(
             Probe(
-                repo, name, url=url, protocol=protocol, rate=wanted, timeout_s=timeout_s, exporter=exporter,
-                say=lambda text: console.err.print(text, markup=False),
+                repo, name, url=url, protocol=protocol, rate=wanted, timeout_s=timeout_s, token=token,
+                exporter=exporter, say=lambda text: console.err.print(text, markup=False),
             )
         )  # fmt: skip
     return probes
@@ -151,10 +157,11 @@ def _probes(
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File.  [default: served.json beside the version]"
 )
+@token_file_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def baseline(
     repo: str, url: str, protocol: str, model: str | None, rate: float, windows: int, window_seconds: float,
-    output: Path | None, as_json: bool,
+    output: Path | None, token_file: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Record what the golden requests take now, while all is well: what `rules` compares with.
 
@@ -176,7 +183,7 @@ def baseline(
     for name in names:
         entry = served.record(
             repo, name, url=url, protocol=protocol, rate=rate, windows=windows, window_seconds=window_seconds,
-            progress=console.progress(json_output=as_json),
+            token=inference_token(token_file), progress=console.progress(json_output=as_json),
         )  # fmt: skip
         entry.write(output or served.served_path(find_deployment(repo, name)))
         found.append(served.to_json(entry))
