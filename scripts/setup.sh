@@ -41,6 +41,8 @@ PY
 command -v "${CXX:-g++}" >/dev/null || missing+=(g++)
 # TorchServe's frontend is Java; nothing else needs it.
 command -v java >/dev/null || missing+=(openjdk-17-jre-headless)
+# It ends its workers with the help of ps and kill.
+command -v ps >/dev/null || missing+=(procps)
 # `kpdeploy monitor up` and the tests of its alerts.
 command -v promtool >/dev/null || missing+=(prometheus)
 command -v amtool >/dev/null || missing+=(prometheus-alertmanager)

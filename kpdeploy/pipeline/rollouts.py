@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kpdeploy.artifact import DIGEST
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import (
@@ -168,6 +169,11 @@ def _local_repository(repo: str) -> str:
     return repo
 
 
+def _digest(client: Client, deployment: Deployment) -> str:
+    """The digest that the server states for this version; empty for configurations of earlier releases."""
+    return client.parameters(deployment.model, str(deployment.version)).get(DIGEST, "")
+
+
 def _await_served(client: Client, deployment: Deployment, timeout_s: float) -> None:
     """Until the server has this version and its golden answers come back; it is asked to load it where it may be."""
     from kpdeploy.serving.triton import control
@@ -176,7 +182,9 @@ def _await_served(client: Client, deployment: Deployment, timeout_s: float) -> N
     asked = False
     while time.monotonic() < end:
         with suppress(ModelNotServed):
-            if client.model_ready(deployment.model, deployment.version):
+            # The canary of an earlier trial has the same name and version, and may still be loaded: the digest tells.
+            ready = client.model_ready(deployment.model, deployment.version)
+            if ready and _digest(client, deployment) in ("", deployment.manifest.digest):
                 replay(client, deployment, Baseline.read(Path(deployment.folder)))
                 return
         if not asked and client.protocol == "http" and time.monotonic() > end - timeout_s + 3:
