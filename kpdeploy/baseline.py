@@ -23,6 +23,12 @@ WINDOWS = 20
 """Windows at each point: enough for a test of significance at p < .001."""
 
 
+def histogram(seconds: Sequence[float]) -> tuple[int, ...]:
+    """How many latencies lie in each of BUCKETS_SECONDS, upper bound included, and beyond the last."""
+    places = np.searchsorted(BUCKETS_SECONDS, seconds, side="left")
+    return tuple(np.bincount(places, minlength=len(BUCKETS_SECONDS) + 1).tolist())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
     """One golden request: its inputs and the answer, by the names of the signature."""
@@ -55,13 +61,12 @@ class Windows:
         """Single calls, in the order in which they were made, as `count` windows of equal length."""
         parts = [part for part in np.array_split(np.asarray(taken_ms, float), count) if len(part)]
         p50, p99 = np.transpose([np.percentile(part, [50, 99]) for part in parts])
-        places = np.searchsorted(BUCKETS_SECONDS, np.asarray(taken_ms) / 1e3)
         return cls(
             point=dict(point),
             p50_ms=tuple(np.round(p50, 4).tolist()),
             p99_ms=tuple(np.round(p99, 4).tolist()),
             calls=len(parts[0]),
-            histogram=tuple(np.bincount(places, minlength=len(BUCKETS_SECONDS) + 1).tolist()),
+            histogram=histogram([ms / 1e3 for ms in taken_ms]),
             rows_per_second=round(rows / float(np.mean(taken_ms)) * 1e3, 2),
             memory_bytes=memory_bytes,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -51,6 +51,17 @@ def least_cosine(out: Array, ref: Array) -> float:
 def tolerance(dtype: str, tolerances: Mapping[str, float]) -> float:
     """The tolerance of a dtype; all integers and bools share one."""
     return tolerances[dtype if np.dtype(dtype).kind == "f" else "integer"]
+
+
+def worst_of(found: Iterable[Comparison]) -> list[Comparison]:
+    """The worst comparison of each output."""
+    worst: dict[str, Comparison] = {}
+    for comparison in found:
+        known = worst.setdefault(comparison.output, comparison)
+        # Not `>`: an error that is not a number must never be lost.
+        if not comparison.error <= known.error:
+            worst[comparison.output] = comparison
+    return list(worst.values())
 
 
 def compare(out: Tensors, ref: Tensors, tolerances: Mapping[str, float]) -> list[Comparison]:

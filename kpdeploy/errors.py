@@ -26,6 +26,11 @@ class KpdeployError(Exception):
         self.why = why
         self.next_step = next_step
 
+    @property
+    def in_a_line(self) -> str:
+        """What and why, for a table, a log or the reason of another error."""
+        return f"{self.what}: {self.why}" if self.why else self.what
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.why:

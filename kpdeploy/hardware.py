@@ -154,16 +154,18 @@ def _gpu_of_nvml(nvml: ctypes.CDLL, index: int, driver: str) -> Gpu | None:
 
 
 def _gpus_of_nvidia_smi() -> tuple[Gpu, ...]:
+    return parse_nvidia_smi(_nvidia_smi("name,compute_cap,memory.total,driver_version"))
+
+
+def _nvidia_smi(fields: str) -> str:
+    """What the driver's program says of each GPU, a line of comma-separated values each; nothing where it is absent."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return ()
-    query = "--query-gpu=name,compute_cap,memory.total,driver_version"
+        return ""
+    query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            [program, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10, check=True
-        )
-        return parse_nvidia_smi(done.stdout)
-    return ()
+        return subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    return ""
 
 
 def parse_nvidia_smi(csv: str) -> tuple[Gpu, ...]:
@@ -211,19 +213,8 @@ def conditions() -> dict[str, Any]:
         "clock_mhz": round(clocks.current) if clocks else None,
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").strip() or None,
         "steal_seconds": psutil.cpu_times().steal,
-        "gpu_clocks_mhz": _gpu_clocks_mhz(),
+        "gpu_clocks_mhz": [int(line) for line in _nvidia_smi("clocks.sm").split() if line.isdigit()],
     }
-
-
-def _gpu_clocks_mhz() -> list[int]:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-        return [int(line) for line in done.stdout.split() if line.isdigit()]
-    return []
 
 
 def _os() -> str:

@@ -79,6 +79,23 @@ def middle_point(signature: Signature, *, batch: int) -> dict[str, int]:
     return {a.name: min(max(batch if a.name == lead else min(128, a.max // 2), a.min), a.max) for a in signature.axes}
 
 
+def measured_points(signature: Signature) -> list[dict[str, int]]:
+    """Where speed is measured: one usual request alone, and a batch of eight."""
+    points = [middle_point(signature, batch=1), middle_point(signature, batch=8)]
+    return points[:1] if points[0] == points[1] else points
+
+
+def point_of(signature: Signature, inputs: Tensors) -> Point:
+    """The sizes of the dynamic axes in a request."""
+    sizes = ((dim, size) for s in signature.inputs for dim, size in zip(s.shape, inputs[s.name].shape, strict=True))
+    return {dim: size for dim, size in sizes if isinstance(dim, str)}
+
+
+def point_name(point: Point) -> str:
+    """A point of the dynamic range as text: batch=8,seq=128."""
+    return ",".join(f"{name}={size}" for name, size in point.items())
+
+
 def lead_axis(signature: Signature) -> str:
     """The name of the axis that counts requests; the first axis where none leads every tensor."""
     if signature.batch_axis is not None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kpdeploy.artifact import Comparison, Verdict
-from kpdeploy.compare import compare
+from kpdeploy.compare import compare, worst_of
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ProofFailed
 from kpdeploy.inputs import Array, Tensors, default_values, middle_point, proof_points, sample
@@ -76,16 +76,14 @@ def ask(
     Raises:
         ProofFailed: the artifact could not be run on a question.
     """
-    worst: dict[str, Comparison] = {}
+    comparisons: list[Comparison] = []
     for question in asked:
         try:
             answer = _answer(process, signature, question.inputs)
         except ProofFailed as error:
             raise ProofFailed(f"{error.what} at {_sizes(question.point)}", why=error.why) from None
-        for found in compare(answer, question.expected, tolerances):
-            if found.output not in worst or found.error > worst[found.output].error:
-                worst[found.output] = found
-    return tuple(worst.values())
+        comparisons += compare(answer, question.expected, tolerances)
+    return tuple(worst_of(comparisons))
 
 
 def largest_batch(

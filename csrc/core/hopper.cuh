@@ -9,6 +9,26 @@
 
 namespace kpdeploy {
 
+// cuTensorMapEncodeTiled of the driver that is there: libcuda is not linked, so that the library loads without one.
+using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                        const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                        CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+inline Encode* encoder() {
+  static Encode* const encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
+#else
+    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
+#endif
+    if (result != cudaDriverEntryPointSuccess) refuse_unsupported("this NVIDIA driver has no cuTensorMapEncodeTiled");
+    return reinterpret_cast<Encode*>(found);
+  }();
+  return encode;
+}
+
 // A barrier counts arrivals and bytes; its phases alternate in parity, 0 first.
 __device__ inline void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals) : "memory");

@@ -805,21 +805,6 @@ __global__ void __launch_bounds__(F::kConsumers + 32, 1) attend_with_few(const _
 // from the second dim on.
 CUtensorMap boxes_of(void* data, CUtensorMapDataType type, int dims, const int64_t* sizes, const int64_t* strides,
                      const int64_t* box) {
-  using Encode = CUresult(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                          const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                          CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  // From the driver that is there: libcuda is not linked, so that the library loads without one.
-  static auto* const encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result));
-#else
-    check_cuda(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result));
-#endif
-    if (result != cudaDriverEntryPointSuccess) refuse_unsupported("this NVIDIA driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode*>(found);
-  }();
   cuuint64_t all_sizes[5] = {kLine}, bytes[4];
   cuuint32_t whole_box[5] = {kLine}, steps[5] = {1, 1, 1, 1, 1};
   for (int i = 0; i + 1 < dims; ++i) {
@@ -829,8 +814,8 @@ CUtensorMap boxes_of(void* data, CUtensorMapDataType type, int dims, const int64
   }
   CUtensorMap map;
   const CUresult result =
-      encode(&map, type, dims, data, all_sizes, bytes, whole_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encoder()(&map, type, dims, data, all_sizes, bytes, whole_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) refuse("the copy engine refuses a tensor (CUDA error %d)", static_cast<int>(result));
   return map;
 }

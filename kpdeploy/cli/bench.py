@@ -158,7 +158,8 @@ def _remember(report: BenchReport) -> None:
     """Append the levels to the history. That it cannot be is told, and fails nothing."""
     from kpdeploy.cli import console
     from kpdeploy.hardware import conditions, environment
-    from kpdeploy.monitoring.history import Entry, Value, branch, point_name, record
+    from kpdeploy.inputs import point_name
+    from kpdeploy.monitoring.history import Entry, Value, branch, record
 
     values = []
     for row in report.rows:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kpdeploy.cli.criteria import criteria_options
+
 if TYPE_CHECKING:
     from kpdeploy.monitoring.check import CheckReport
 
@@ -45,20 +47,7 @@ def _points(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) 
 @click.option(
     "--seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="How long to measure at most."
 )
-@click.option(
-    "--significance",
-    type=click.FloatRange(0, 0.5, min_open=True),
-    default=1e-3,
-    show_default=True,
-    help="The largest p of a regression, over all looks together.",
-)
-@click.option(
-    "--effect",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.05,
-    show_default=True,
-    help="The smallest slowdown that matters: 0.05 is 5 %.",
-)
+@criteria_options
 @click.option(
     "--shape",
     "points",

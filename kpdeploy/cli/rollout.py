@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from kpdeploy.cli.criteria import criteria_options
+
 EPILOG = """\b
 Examples:
   kpdeploy serve models/ --poll                                      # in another terminal
@@ -21,10 +23,7 @@ Ctrl-C stops a trial; the same command goes on with it.
 @click.option("--url", default="localhost:8001", show_default=True, help="The server: host:port, or a URL.")
 @click.option("--model", metavar="NAME", help="Which model, where REPO holds several.")
 @click.option("--seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="Of load at most.")
-@click.option("--effect", type=click.FloatRange(min=0, min_open=True), default=0.05, show_default=True,
-              help="The smallest slowdown that matters: 0.05 is 5 %.")  # fmt: skip
-@click.option("--significance", type=click.FloatRange(0, 0.5, min_open=True), default=1e-3, show_default=True,
-              help="The largest p of a regression, over all looks together.")  # fmt: skip
+@criteria_options
 @click.option("--ready-timeout-s", type=click.FloatRange(min=1), default=60, show_default=True,
               help="Seconds that the server may take to load a version.")  # fmt: skip
 @click.option("--abort", is_flag=True, help="End a rollout that was stopped: the version before it serves.")

@@ -24,10 +24,10 @@ import numpy as np
 
 from kpdeploy.artifact import Artifact, Comparison, Manifest
 from kpdeploy.baseline import Baseline, Windows
-from kpdeploy.compare import compare
+from kpdeploy.compare import compare, worst_of
 from kpdeploy.errors import CannotTell, InputMismatch, NothingToCompare, Regressed
 from kpdeploy.hardware import conditions, environment
-from kpdeploy.inputs import Array, middle_point, sample
+from kpdeploy.inputs import Array, measured_points, sample
 from kpdeploy.monitoring.history import Entry, branch, values_of
 from kpdeploy.monitoring.regression import Criteria, Judgement, judge, judge_pairs
 from kpdeploy.progress import Progress
@@ -414,16 +414,12 @@ def _source(side: Side) -> dict[str, Any]:
 
 
 def _replayed(process: RuntimeProcess, side: Side, baseline: Baseline) -> tuple[Comparison, ...]:
-    signature, worst = side.manifest.signature, dict[str, Comparison]()
+    signature, found = side.manifest.signature, list[Comparison]()
     for exchange in baseline.exchanges:
         arrays = process.run([exchange.inputs[spec.name] for spec in signature.inputs])
         answer = {spec.name: array for spec, array in zip(signature.outputs, arrays, strict=True)}
-        for comparison in compare(answer, exchange.outputs, side.manifest.tolerances):
-            known = worst.setdefault(comparison.output, comparison)
-            # Not `>`: an error that is not a number must never be lost.
-            if not comparison.error <= known.error:
-                worst[comparison.output] = comparison
-    return tuple(worst.values())
+        found += compare(answer, exchange.outputs, side.manifest.tolerances)
+    return tuple(worst_of(found))
 
 
 def same_model(ours: Manifest, theirs: Manifest, new: str, old: str) -> None:
@@ -458,7 +454,7 @@ def _comparable(new: Side, stored: Reference, here: Mapping[str, Any]) -> None:
 
 
 def _points(signature: Signature, points: Sequence[Point]) -> list[Point]:
-    usual = [middle_point(signature, batch=1), middle_point(signature, batch=8)]
+    usual = measured_points(signature)
     found: list[Point] = []
     for point in [{**usual[0], **point} for point in points] or usual:
         for name, size in point.items():

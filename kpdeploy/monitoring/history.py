@@ -24,6 +24,7 @@ import sqlalchemy as sa
 
 from kpdeploy.baseline import Windows
 from kpdeploy.errors import HistoryUnusable
+from kpdeploy.inputs import point_name
 
 SCHEMA = 1
 LOCK_WAIT_S = 60
@@ -345,7 +346,7 @@ def record(entry: Entry) -> str:
         with open_history() as history:
             history.append(entry)
     except HistoryUnusable as error:
-        return f"{error.what}: {error.why}" if error.why else error.what
+        return error.in_a_line
     return ""
 
 
@@ -376,8 +377,3 @@ def values_of(windows: Sequence[Windows]) -> tuple[Value, ...]:
     if windows:
         found.append(Value(metric="memory_mb", value=max(entry.memory_bytes for entry in windows) / 1e6))
     return tuple(found)
-
-
-def point_name(point: Mapping[str, int]) -> str:
-    """A point of the dynamic range as text: batch=8,seq=128."""
-    return ",".join(f"{name}={size}" for name, size in point.items())

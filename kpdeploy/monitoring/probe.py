@@ -16,20 +16,19 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from kpdeploy.artifact import DIGEST, GOLDEN, sha256
+from kpdeploy.artifact import GOLDEN, sha256
 from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import compare
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import DigestMismatch, KpdeployError, ModelNotServed, Unreachable
-from kpdeploy.inputs import Array
+from kpdeploy.inputs import Array, point_name, point_of
 from kpdeploy.monitoring import metrics
 from kpdeploy.monitoring.machine import SAMPLE_SECONDS, Demand, Processes, is_local
 from kpdeploy.serving.client import (
     Client,
     TorchServeClient,
     ask_golden,
-    connect,
-    connect_torchserve,
+    connect_to,
     find_deployment,
     local_files,
 )
@@ -58,7 +57,7 @@ class Golden:
         with local_files(deployment) as folder:
             _check_golden(deployment, folder)
             exchanges = Baseline.read(folder).exchanges
-        points = tuple(point_of(deployment.manifest.signature, exchange.inputs) for exchange in exchanges)
+        points = tuple(point_label(deployment.manifest.signature, exchange.inputs) for exchange in exchanges)
         return cls(deployment=deployment, exchanges=exchanges, points=points)
 
     @property
@@ -77,15 +76,9 @@ def _check_golden(deployment: Deployment, folder: Path) -> None:
         )
 
 
-def point_of(signature: Signature, inputs: Mapping[str, Array]) -> str:
-    """The sizes of the dynamic axes in a request, as a label: "batch=1,seq=16", or "fixed"."""
-    sizes = {
-        axis: size
-        for spec in signature.inputs
-        for axis, size in zip(spec.shape, inputs[spec.name].shape, strict=True)
-        if isinstance(axis, str)
-    }
-    return ",".join(f"{axis}={size}" for axis, size in sizes.items()) or "fixed"
+def point_label(signature: Signature, inputs: Mapping[str, Array]) -> str:
+    """The point of a request as a label: "batch=1,seq=16", or "fixed"."""
+    return point_name(point_of(signature, inputs)) or "fixed"
 
 
 class Exporter:
@@ -142,15 +135,15 @@ class Connection:
     url: str
     protocol: str
     timeout_s: float
-    torchserve: bool = False
+    target: str = "triton"
     token: str = ""
     client: Client | TorchServeClient | None = None
 
     def get(self) -> Client | TorchServeClient:
-        if self.client is None and self.torchserve:
-            self.client = connect_torchserve(self.url, token=self.token, timeout_s=self.timeout_s)
-        elif self.client is None:
-            self.client = connect(self.url, protocol=self.protocol, timeout_s=self.timeout_s)
+        if self.client is None:
+            self.client = connect_to(
+                self.target, self.url, protocol=self.protocol, token=self.token, timeout_s=self.timeout_s
+            )
         return self.client
 
     def drop(self) -> None:
@@ -195,9 +188,9 @@ class Probe:
         self._period_s = 1 / rate
         self._timeout_s = timeout_s
         self._say = say
-        torchserve = self.golden.deployment.manifest.target == "torchserve"
-        self._asking = Connection(url, protocol, timeout_s, torchserve, token)
-        self._looking = Connection(url, protocol, timeout_s, torchserve, token)
+        target = self.golden.deployment.manifest.target
+        self._asking = Connection(url, protocol, timeout_s, target, token)
+        self._looking = Connection(url, protocol, timeout_s, target, token)
         self._errors: dict[int, dict[str, float]] = {}
         self._away = ""
         self._look = _Look()
@@ -324,7 +317,7 @@ class Probe:
         # TorchServe tells neither at its inference port.
         if isinstance(client, TorchServeClient) or not served:
             return
-        stated = client.parameters(deployment.model, served).get(DIGEST, "")
+        stated = client.digest(deployment.model, served)
         self._exporter.artifact.remove_by_labels(dict(zip(metrics.VERSION, labels, strict=True)))
         self._exporter.artifact.labels(*labels, served, stated).set(1)
         if stated or served != labels[1]:

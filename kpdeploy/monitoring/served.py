@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kpdeploy.baseline import BUCKETS_SECONDS
+from kpdeploy.baseline import BUCKETS_SECONDS, histogram
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, ClockSkewed, LoadFailed, RepositoryBroken, RepositoryUnwritable
 from kpdeploy.monitoring.machine import Demand, Processes, is_local
@@ -174,7 +174,7 @@ def record(
                 if index:
                     if (ratio := meter.ratio()) is not None:
                         demand.append(round(ratio, 4))
-                    if index and is_local(url) and (waited := processes.slowdown()) is not None:
+                    if is_local(url) and (waited := processes.slowdown()) is not None:
                         slowdown.append(round(waited, 4))
                     advance()
                 if index == windows * per_window:
@@ -211,12 +211,6 @@ def _point(point: str, windows: Sequence[Mapping[str, Sequence[float]]]) -> Poin
         p99_seconds=tuple(round(float(np.percentile(v, 99)), 7) for v in values),
         counts=histogram([seconds for v in values for seconds in v]),
     )
-
-
-def histogram(seconds: Sequence[float]) -> tuple[int, ...]:
-    """How many latencies lie in each of BUCKETS_SECONDS, upper bound included, and beyond the last."""
-    counts = np.bincount(np.searchsorted(BUCKETS_SECONDS, seconds, side="left"), minlength=len(BUCKETS_SECONDS) + 1)
-    return tuple(int(count) for count in counts)
 
 
 def quantile(q: float, counts: Sequence[int]) -> float:

@@ -17,7 +17,7 @@ from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ExportFailed, FormatUnavailable, PackageMissing, ProofFailed
 from kpdeploy.model import Model
 from kpdeploy.ops.libraries import find
-from kpdeploy.pipeline.room import FULL_BYTES, disk_full, reason_of
+from kpdeploy.pipeline.room import FULL_BYTES, disk_full
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.serving.target import TARGETS
@@ -174,7 +174,7 @@ def try_formats(
             except (ExportFailed, FormatUnavailable, PackageMissing) as error:
                 if len(formats) == 1 and not any(c.passed for c in found):
                     raise
-                found.append(Candidate(format=format.name, settings={}, reason=reason_of(error)))
+                found.append(Candidate(format=format.name, settings={}, reason=error.in_a_line))
         candidates += found
     return candidates
 
@@ -199,7 +199,7 @@ def _try_one(
     except (ExportFailed, FormatUnavailable, PackageMissing) as error:
         if not fused:
             raise
-        return [Candidate(format=format.name, settings=settings, reason=reason_of(error))]
+        return [Candidate(format=format.name, settings=settings, reason=error.in_a_line)]
     candidates = []
     for variant in format.fused_variants if fused else format.variants:
         candidate = Candidate(format=format.name, settings={**variant, **settings})
@@ -241,9 +241,9 @@ def prove_one(
         if verdict.passed and candidate.fused and artifact.format == "onnx":
             candidate = replace(candidate, decisions=(_prove_portable(artifact, model, asked, tolerances),))
     except ProofFailed as error:
-        return replace(candidate, reason=reason_of(error))
+        return replace(candidate, reason=error.in_a_line)
     return replace(
-        candidate, verdict=verdict, reason="" if verdict.passed else reason_of(failure(artifact.format, verdict, asked))
+        candidate, verdict=verdict, reason="" if verdict.passed else failure(artifact.format, verdict, asked).in_a_line
     )
 
 

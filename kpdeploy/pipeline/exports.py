@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kpdeploy.artifact import MOUNT, Manifest
-from kpdeploy.baseline import Baseline, Exchange, Windows
+from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import UnknownName
 from kpdeploy.hardware import conditions, environment
-from kpdeploy.inputs import Array, Tensors, lead_axis, sample
+from kpdeploy.inputs import Array, Tensors, lead_axis, measured_points, sample
 from kpdeploy.model import Model
 from kpdeploy.monitoring.history import Entry, branch, record, values_of
 from kpdeploy.ops.libraries import contract
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
 from kpdeploy.pipeline.levels import ACCURACY_BUDGET, Lower, asked_of, check_latency, rungs_of
-from kpdeploy.pipeline.measuring import measure, measured_points, time_here
+from kpdeploy.pipeline.measuring import measure, time_here
 from kpdeploy.pipeline.room import told_when_full
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.worker import peak_bytes
@@ -147,18 +147,19 @@ def export(
                 break
         check_latency(candidates, chosen, latency_budget_ms)
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(target, candidates, chosen, fused))
-        manifest = replace(_manifest(settled, target, candidates, chosen, tolerances, decisions), mount=mount)
-        manifest = replace(manifest, serving=dict(serving or {}))
+        manifest = _manifest(settled, target, candidates, chosen, tolerances, decisions)
+        manifest = replace(manifest, mount=mount, serving=dict(serving or {}))
+        baseline = replace(baseline, windows=windows)
         with progress.step(f"publishing {settled.name} in {repo}"):
-            deployment = _publish(str(repo), manifest, chosen, replace(baseline, windows=windows))
-    _remember(deployment, windows, baseline, progress)
+            deployment = _publish(str(repo), manifest, chosen, baseline)
+    _remember(deployment, baseline, progress)
     return ExportReport(
         deployment=deployment,
         candidates=tuple(candidates),
         chosen=chosen,
         decisions=deployment.manifest.decisions,
         fusions=told_of(fused, chosen),
-        baseline=replace(baseline, windows=windows),
+        baseline=baseline,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
     )
@@ -336,14 +337,14 @@ def _manifest(
     )
 
 
-def _remember(deployment: Deployment, windows: Sequence[Windows], baseline: Baseline, progress: Progress) -> None:
+def _remember(deployment: Deployment, baseline: Baseline, progress: Progress) -> None:
     """Append the export to the history. That it cannot be is told, and fails nothing."""
     entry = Entry(
         kind="export",
         model=deployment.model,
         version=str(deployment.version),
-        values=values_of(windows),
-        windows=tuple(windows),
+        values=values_of(baseline.windows),
+        windows=baseline.windows,
         environment=baseline.environment,
         label=branch(),
     )

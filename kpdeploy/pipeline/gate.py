@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kpdeploy.artifact import BASELINE, MANIFEST, Manifest
 from kpdeploy.baseline import Baseline
@@ -16,9 +15,6 @@ from kpdeploy.monitoring.history import open_history, record
 from kpdeploy.monitoring.regression import Criteria
 from kpdeploy.progress import Progress
 from kpdeploy.signature import Point
-
-if TYPE_CHECKING:
-    pass
 
 
 def check(

@@ -13,13 +13,11 @@ from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Decision
 from kpdeploy.errors import BudgetUnmet, ExportFailed, LevelUnavailable, UnknownName
 from kpdeploy.hardware import detect
-from kpdeploy.inputs import Tensors
+from kpdeploy.inputs import Tensors, point_of
 from kpdeploy.model import Model
 from kpdeploy.pipeline.candidates import Candidate, prove_one
-from kpdeploy.pipeline.room import reason_of
 from kpdeploy.progress import Progress
 from kpdeploy.serving.target import TARGETS
-from kpdeploy.signature import Point, Signature
 from kpdeploy.verify import Question
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ def rungs_of(target: str, format: str, level: str, accuracy: float, latency_ms: 
         if value is not None and not 0 < value < math.inf:
             raise UnknownName(f"the {name} {value} is not a number above 0", next_step="give one, such as 1e-2")
     top = LEVELS[-1] if level == "auto" else int(level)
-    known = [_reachable(way, target, format) for way in lowerings(detect()) if way.level <= top]
+    known = [_reachable(way, target, format) for way in (lowerings(detect()) if top > 1 else ()) if way.level <= top]
     missing = [way for way in known if way.level == top and way.missing]
     if level != "auto" and top > 1 and len(missing) == sum(way.level == top for way in known):
         raise LevelUnavailable(
@@ -94,13 +92,8 @@ def asked_of(samples: Sequence[Tensors], model: Model) -> list[Question]:
 
     answer = reference(model)
     some = samples[:: max(1, len(samples) // ASKED_SAMPLES)][:ASKED_SAMPLES]
-    points = [_point_of(model.signature, inputs) for inputs in some]
+    points = [point_of(model.signature, inputs) for inputs in some]
     return [Question(point=p, inputs=i, expected=answer(i)) for p, i in zip(points, some, strict=True)]
-
-
-def _point_of(signature: Signature, inputs: Tensors) -> Point:
-    sizes = ((dim, size) for s in signature.inputs for dim, size in zip(s.shape, inputs[s.name].shape, strict=True))
-    return {dim: size for dim, size in sizes if isinstance(dim, str)}
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ class Lower:
                 artifact, decision = self._quantized(plain, way)
                 told = (decision,)
         except ExportFailed as error:
-            return replace(blank, reason=reason_of(error))
+            return replace(blank, reason=error.in_a_line)
         with self.progress.step(f"proving {blank.label} in a fresh process"):
             proven = prove_one(artifact, self.capture.model, self.asked, tolerances)
         return replace(proven, level=way.level, decisions=(*told, *proven.decisions))

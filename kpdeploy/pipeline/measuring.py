@@ -8,21 +8,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kpdeploy.artifact import Latency
 from kpdeploy.baseline import WINDOWS, Windows
-from kpdeploy.inputs import Array, Tensors, lead_axis, middle_point, sample
+from kpdeploy.inputs import Array, Tensors, lead_axis, measured_points, sample
 from kpdeploy.pipeline.candidates import Candidate
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.signature import Point, Signature
-
-if TYPE_CHECKING:
-    pass
-
 
 ROUNDS = 3
 
@@ -39,12 +34,6 @@ WINDOW_MS = 60
 
 
 SLOW_MS = 150
-
-
-def measured_points(signature: Signature) -> list[dict[str, int]]:
-    """Where speed is measured: one usual request alone, and a batch of eight."""
-    points = [middle_point(signature, batch=1), middle_point(signature, batch=8)]
-    return points[:1] if points[0] == points[1] else points
 
 
 def time_here(answer: Callable[[Tensors], dict[str, Array]], signature: Signature, point: Point) -> Latency:

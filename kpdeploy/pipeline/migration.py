@@ -6,15 +6,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kpdeploy.decision import Decision
 from kpdeploy.pipeline.exports import ExportReport, export
 from kpdeploy.progress import Progress
 from kpdeploy.scratch import work_folder
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)

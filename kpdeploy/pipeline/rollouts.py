@@ -6,9 +6,8 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kpdeploy.artifact import DIGEST
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import (
@@ -26,9 +25,6 @@ from kpdeploy.monitoring.rollout import CANARY, STATE, Trial, try_out
 from kpdeploy.monitoring.rollout import Decision as RolloutDecision
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import Client, connect, replay
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,11 +165,6 @@ def _local_repository(repo: str) -> str:
     return repo
 
 
-def _digest(client: Client, deployment: Deployment) -> str:
-    """The digest that the server states for this version; empty for configurations of earlier releases."""
-    return client.parameters(deployment.model, str(deployment.version)).get(DIGEST, "")
-
-
 def _await_served(client: Client, deployment: Deployment, timeout_s: float) -> None:
     """Until the server has this version and its golden answers come back; it is asked to load it where it may be."""
     from kpdeploy.serving.triton import control
@@ -183,8 +174,9 @@ def _await_served(client: Client, deployment: Deployment, timeout_s: float) -> N
     while time.monotonic() < end:
         with suppress(ModelNotServed):
             # The canary of an earlier trial has the same name and version, and may still be loaded: the digest tells.
+            # Configurations of earlier releases state none.
             ready = client.model_ready(deployment.model, deployment.version)
-            if ready and _digest(client, deployment) in ("", deployment.manifest.digest):
+            if ready and client.digest(deployment.model, str(deployment.version)) in ("", deployment.manifest.digest):
                 replay(client, deployment, Baseline.read(Path(deployment.folder)))
                 return
         if not asked and client.protocol == "http" and time.monotonic() > end - timeout_s + 3:

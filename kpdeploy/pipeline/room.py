@@ -7,13 +7,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from kpdeploy.errors import DiskFull, ExportFailed, KpdeployError, ProofFailed
-
-if TYPE_CHECKING:
-    pass
-
 
 FULL_BYTES = 1 << 20
 """A disk with less left is full: whoever met its end has often removed a part of what it wrote."""
@@ -28,7 +23,7 @@ def told_when_full(work: Path) -> Iterator[None]:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and shutil.disk_usage(work).free > FULL_BYTES:
             raise
-        raise disk_full(work, reason_of(error) if isinstance(error, KpdeployError) else str(error)) from None
+        raise disk_full(work, error.in_a_line if isinstance(error, KpdeployError) else str(error)) from None
 
 
 def disk_full(work: Path, why: str) -> DiskFull:
@@ -37,7 +32,3 @@ def disk_full(work: Path, why: str) -> DiskFull:
         why=why,
         next_step="free space there, or set TMPDIR to a folder on a larger disk",
     )
-
-
-def reason_of(error: KpdeployError) -> str:
-    return f"{error.what}: {error.why}" if error.why else error.what

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from kpdeploy.artifact import Comparison, Manifest
+from kpdeploy.artifact import DIGEST, Comparison, Manifest
 from kpdeploy.baseline import Baseline, Exchange
-from kpdeploy.compare import compare
+from kpdeploy.compare import compare, worst_of
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import AnswersDiffer, ModelNotServed, UnknownName, Unreachable
 from kpdeploy.inputs import Array, Tensors
@@ -86,6 +86,19 @@ def connect_torchserve(url: str, *, token: str = "", timeout_s: float = 30.0) ->
     if scheme not in ("", "http"):
         raise UnknownName(f"{url}: TorchServe is asked by plain HTTP", next_step="give host:port of its inference port")
     return TorchServeClient(rest.rstrip("/"), token=token, timeout_s=timeout_s)
+
+
+def connect_to(
+    target: str, url: str, *, protocol: str = "auto", token: str = "", timeout_s: float = 30.0
+) -> Client | TorchServeClient:
+    """A client for the server of a target: `protocol` is for Triton, `token` for TorchServe.
+
+    Raises:
+        UnknownName, Unreachable: as `connect` and `connect_torchserve`.
+    """
+    if target == "torchserve":
+        return connect_torchserve(url, token=token, timeout_s=timeout_s)
+    return connect(url, protocol=protocol, timeout_s=timeout_s)
 
 
 def is_torchserve(url: str, *, timeout_s: float = 5.0) -> bool:
@@ -203,6 +216,14 @@ class Client:
                 config = self._client.get_model_config(model, version, **self._timeout)
         return {key: str(value.get("string_value", "")) for key, value in config.get("parameters", {}).items()}
 
+    def digest(self, model: str, version: str) -> str:
+        """The digest of the artifact that the server states for a version; empty where it states none.
+
+        Raises:
+            Unreachable, ModelNotServed: as `infer`.
+        """
+        return self.parameters(model, version).get(DIGEST, "")
+
     def infer(self, manifest: Manifest, inputs: Tensors) -> dict[str, Array]:
         """One request to the manifest's model and version: arrays in and out by the names of the signature.
 
@@ -280,15 +301,11 @@ def replay(client: Infers, deployment: Deployment, baseline: Baseline) -> list[C
         Unreachable, ModelNotServed: as Client.infer.
     """
     manifest = deployment.manifest
-    worst: dict[str, Comparison] = {}
-    for exchange in baseline.exchanges:
-        answer = ask_golden(client, manifest, exchange)
-        for found in compare(answer, exchange.outputs, dict(manifest.tolerances)):
-            known = worst.setdefault(found.output, found)
-            # Not `>`: an error that is not a number must never be lost.
-            if not found.error <= known.error:
-                worst[found.output] = found
-    return list(worst.values())
+    return worst_of(
+        comparison
+        for exchange in baseline.exchanges
+        for comparison in compare(ask_golden(client, manifest, exchange), exchange.outputs, manifest.tolerances)
+    )
 
 
 def ask_golden(client: Infers, manifest: Manifest, exchange: Exchange) -> dict[str, Array]:
@@ -388,13 +405,8 @@ def check(
     """As `verify`, with different answers in the report and not raised."""
     deployments = [find_deployment(repo, model)] if model else read_repository(repo)
     baselines = [_proven(deployment) for deployment in deployments]
-    torchserve = deployments[0].manifest.target == "torchserve"
-    connected = (
-        connect_torchserve(url, token=token, timeout_s=timeout_s)
-        if torchserve
-        else connect(url, protocol=protocol, timeout_s=timeout_s)
-    )
-    with connected as client:
+    target = deployments[0].manifest.target
+    with connect_to(target, url, protocol=protocol, token=token, timeout_s=timeout_s) as client:
         reports = [_check_one(client, *pair) for pair in zip(deployments, baselines, strict=True)]
         return VerifyReport(address=client.address, protocol=client.protocol, models=tuple(reports))
 

@@ -22,7 +22,7 @@ def prove_served(deployment: Deployment, replay: Replay, *, log: str | Path) -> 
     try:
         comparisons = replay(deployment, Baseline.read(Path(deployment.folder)))
     except KpdeployError as error:
-        why = f"{error.what}: {error.why}" if error.why else error.what
+        why = error.in_a_line
     else:
         wrong = [c for c in comparisons if not c.passed]
         if comparisons and not wrong:

@@ -16,7 +16,7 @@ import pytest
 from tiny_version import manifest
 
 from kpdeploy.artifact import Latency
-from kpdeploy.baseline import BUCKETS_SECONDS
+from kpdeploy.baseline import BUCKETS_SECONDS, histogram
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, ClockSkewed, ModelNotServed, RulesBroken, UnknownName, Unreachable
 from kpdeploy.monitoring import metrics, stack
@@ -24,7 +24,7 @@ from kpdeploy.monitoring.alerts import Intervals, Slo, Watched, alerts_of, rule_
 from kpdeploy.monitoring.dashboard import dashboard, rows
 from kpdeploy.monitoring.probe import reason_of, schedule
 from kpdeploy.monitoring.rule_tests import test_file as rule_test_file
-from kpdeploy.monitoring.served import PointLatency, ServedBaseline, histogram, quantile
+from kpdeploy.monitoring.served import PointLatency, ServedBaseline, quantile
 
 DEPLOYMENT = Deployment(repository="models", manifest=manifest())
 NEEDS_PROMTOOL = pytest.mark.skipif(shutil.which("promtool") is None, reason="NOT RUN: promtool is not installed")

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from kpdeploy.serving.torchserve.environment import ServerEnvironment, ensure_en
 from kpdeploy.serving.torchserve.management import Management, load_failed, read_tokens
 from kpdeploy.serving.triton.ports import any_free, free_after, refusal
 from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
+from kpdeploy.serving.watcher import Watcher
 
 KEY_FILE = "key_file.json"
 STOP_TIMEOUT_S = 5
@@ -173,10 +173,7 @@ class Server:
         self._progress = progress
         self._process: subprocess.Popen[bytes] | None = None
         self._timeout_s = 0.0
-        self._closing = threading.Event()
-        self._ended = threading.Event()
-        self._failure: Exception | None = None
-        self._watcher: threading.Thread | None = None
+        self._watcher = Watcher(lambda: self.process.poll() is None, interval_s=WATCH_INTERVAL_S)
 
     @property
     def http(self) -> str:
@@ -250,20 +247,15 @@ class Server:
 
     def watch(self, *, poll: bool) -> None:
         """From now on notice the server's end and, with `poll`, serve new versions."""
-        self._watcher = threading.Thread(target=self._watch, kwargs={"poll": poll}, name="kpdeploy-watch", daemon=True)
-        self._watcher.start()
+        self._watcher.start(self._refresh if poll else lambda: None)
 
     def wait(self) -> None:
         """Block for as long as the server serves; returns never, or by raising ServerDied."""
-        while not self._ended.wait(0.5):
-            pass
-        raise self._failure or self._died()
+        raise self._watcher.wait() or self._died()
 
     def stop(self) -> None:
         """End the whole process group: asked to end, the launcher alone would leave Java and its workers."""
-        self._closing.set()
-        if self._watcher is not None:
-            self._watcher.join(WATCH_INTERVAL_S)
+        self._watcher.close()
         if self._process is None:
             return
         group = self._process.pid
@@ -354,18 +346,6 @@ class Server:
             why=self._log_tail(),
             next_step=f"read its log, {kept_log(self._space)}",
         )
-
-    def _watch(self, *, poll: bool) -> None:
-        try:
-            while not self._closing.wait(WATCH_INTERVAL_S):
-                if self.process.poll() is not None:
-                    break
-                if poll:
-                    self._refresh()
-        except Exception as error:  # raised again by wait(), in the thread that a user sees
-            self._failure = error
-        finally:
-            self._ended.set()
 
     def _refresh(self) -> None:
         """Serve what is committed now; what cannot be served is told once, and the version before it stays."""

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -29,6 +28,7 @@ from kpdeploy.serving.triton.overlay import Served, link_backends, write_overlay
 from kpdeploy.serving.triton.ports import Ports, claim
 from kpdeploy.serving.triton.process import TritonProcess
 from kpdeploy.serving.triton.scratch import Scratch, kept_log, scratch
+from kpdeploy.serving.watcher import Watcher
 
 WATCH_INTERVAL_S = 1.0
 RETIRE_AFTER_S = 10.0
@@ -114,10 +114,7 @@ class Server:
         self._timeout_s = 0.0
         self._retired: dict[int, float] = {}
         self._seen: dict[str, tuple[int, int]] = {}
-        self._closing = threading.Event()
-        self._ended = threading.Event()
-        self._failure: Exception | None = None
-        self._watcher: threading.Thread | None = None
+        self._watcher = Watcher(lambda: self.process.exit_status() is None, interval_s=WATCH_INTERVAL_S)
 
     @property
     def http(self) -> str:
@@ -161,23 +158,23 @@ class Server:
 
     def watch(self, *, poll: bool, revive: bool = True) -> None:
         """From now on load models again whose process died (`revive`) and new versions (`poll`)."""
-        options = {"poll": poll, "revive": revive}
-        self._watcher = threading.Thread(target=self._watch, kwargs=options, name="kpdeploy-watch", daemon=True)
-        self._watcher.start()
+
+        def look() -> None:
+            if revive:
+                self._revive()
+            if poll:
+                self._refresh()
+
+        self._watcher.start(look)
 
     def wait(self) -> None:
         """Block for as long as the server serves; returns never, or by raising ServerDied or ModelLoadFailed."""
-        # In slices, so that signals are handled.
-        while not self._ended.wait(0.5):
-            pass
-        raise self._failure or self._died()
+        raise self._watcher.wait() or self._died()
 
     def stop(self) -> None:
         """End the process, its group and its shared memory."""
-        self._closing.set()
         try:
-            if self._watcher is not None:
-                self._watcher.join(WATCH_INTERVAL_S)
+            self._watcher.close()
         finally:
             if self._process is not None:
                 self._process.stop()
@@ -225,20 +222,6 @@ class Server:
             next_step=f"read its log, {kept_log(self._space)}",
         )
 
-    def _watch(self, *, poll: bool, revive: bool) -> None:
-        try:
-            while not self._closing.wait(WATCH_INTERVAL_S):
-                if self.process.exit_status() is not None:
-                    break
-                if revive:
-                    self._revive()
-                if poll:
-                    self._refresh()
-        except Exception as error:  # raised again by wait(), in the thread that a user sees
-            self._failure = error
-        finally:
-            self._ended.set()
-
     def _revive(self) -> None:
         """Load a model again when one of its python processes is gone: Triton itself says READY and fails requests."""
         stubs = self.process.stubs()
@@ -247,7 +230,7 @@ class Server:
         for model, served in self.served.items():
             if served.native or living[model] >= served.instances:
                 continue
-            if self._closing.is_set() or self.process.exit_status() is not None:
+            if self._watcher.closing or self.process.exit_status() is not None:
                 return
             self._progress.say(f"{model}: the process that runs it died; loading it again")
             started = time.monotonic()
