@@ -162,6 +162,15 @@ def metric(server: Server, name: str) -> float:
     return sum(float(value) for value in re.findall(rf"^{name}{{[^}}]*}} (\S+)$", text, re.M))
 
 
+def settled(server: Server, name: str) -> float:
+    """The metric once it holds still: the server counts a request after its answer has left."""
+    last = -1.0
+    while (value := metric(server, name)) != last:
+        last = value
+        time.sleep(0.5)
+    return value
+
+
 def wait_for(condition: Callable[[], bool], *, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -188,7 +197,7 @@ def test_concurrent_requests_are_merged_and_answered_as_if_alone(server: Server,
     # Two shapes, so that the batches of one shape must not mix with the other's.
     requests = [inputs(1 + i % 2, 2 + 3 * (i % 2), seed=i) for i in range(8)]
     alone = [ask(server, repo, request) for request in requests]
-    count, executions = metric(server, "nv_inference_count"), metric(server, "nv_inference_exec_count")
+    count, executions = settled(server, "nv_inference_count"), settled(server, "nv_inference_exec_count")
 
     def burst() -> list[dict[str, Any]]:
         start = threading.Barrier(len(requests))
