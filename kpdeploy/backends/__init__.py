@@ -33,8 +33,8 @@ class Backend(Protocol):
     """A kind of hardware."""
 
     def lowerings(self, hardware: Hardware) -> tuple[Lowering, ...]:
-        """The ways of levels 2 and 3, in the order in which they are tried; those that are missing, too. None where
-        the hardware itself is not there."""
+        """The ways beyond the formats of level 1, in the order in which they are tried; those that are missing, too.
+        None where the hardware itself is not there."""
 
 
 def lowerings(hardware: Hardware) -> tuple[Lowering, ...]:

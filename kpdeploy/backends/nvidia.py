@@ -1,17 +1,45 @@
-"""NVIDIA GPUs. What is exported today runs on the processor; a GPU that lies idle is told."""
+"""NVIDIA GPUs: fused ops in CUDA graphs, in float32, float16 or bf16, and fp8 where the tensor cores take it."""
 
 from __future__ import annotations
+
+import importlib.util
 
 from kpdeploy.backends import Lowering
 from kpdeploy.hardware import Hardware
 
-MISSING = "artifacts for a GPU are not made yet: what is exported runs on the processor"
+FORMAT = "cuda"
+
+FP8 = (9, 0)
+"""The compute capability whose tensor cores our 8-bit kernels are for."""
 
 
 def lowerings(hardware: Hardware) -> tuple[Lowering, ...]:
-    names = ", ".join(dict.fromkeys(gpu.name for gpu in hardware.gpus))
-    ways = ((2, "bf16 in CUDA graphs"), (3, "fp8"))
-    return tuple(
-        Lowering(level=level, precision=f"{precision} on {names}", format="", missing=MISSING)
-        for level, precision in (ways if hardware.gpus else ())
+    if not hardware.gpus:
+        return ()
+    gpu = hardware.gpus[0]
+    capability = tuple(int(part) for part in gpu.capability.split(".") if part.isdigit())
+    no_fp8 = (
+        ""
+        if capability == FP8
+        else f"{gpu.name} has compute capability {gpu.capability}, the 8-bit kernels are for 9.0"
     )
+    ways = ((1, "float32", ""), (2, "float16", ""), (2, "bfloat16", ""), (3, "fp8", no_fp8))
+    lacks = _lacks(gpu.name)
+    return tuple(
+        Lowering(
+            level=level, precision=precision, format=FORMAT, settings={"precision": precision}, missing=lacks or why
+        )
+        for level, precision, why in ways
+    )
+
+
+def _lacks(gpu: str) -> str:
+    """What keeps torch and our kernels from a GPU that is there."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    from kpdeploy.decision import Skipped
+    from kpdeploy.ops.providers import here
+
+    found = [here()[name] for name in ("torch with CUDA", "CUDA kernels")]
+    reasons = [decision.reason for decision in found if isinstance(decision, Skipped)]
+    return f"{gpu} lies idle: {'; '.join(reasons)}" if reasons else ""

@@ -46,6 +46,7 @@ EXPORTERS = {
     "torchscript": ("torch",),
     "pt2": ("torch",),
     "openvino": ("torch", "openvino"),
+    "cuda": ("torch",),
 }
 
 

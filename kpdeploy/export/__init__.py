@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kpdeploy.export import capture, onnx, openvino, pt2, torchscript
+from kpdeploy.export import capture, cuda, onnx, openvino, pt2, torchscript
 from kpdeploy.export.capture import Capture
 from kpdeploy.ops import libraries
 
@@ -20,19 +20,21 @@ class Format:
     runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default. `library` is the file
     of kpdeploy.ops.libraries that holds the fused ops for its runtime, empty where the format cannot carry them; then
     `fused_variants` are those of an artifact with fused ops, and `leaves` the ops that are left to the format's own
-    compiler. `slow`: an export takes a minute.
+    compiler. `slow`: an export takes a minute. `by_level`: what is exported depends on hardware and level
+    (kpdeploy.backends), and there is no plain form.
 
     Raises (export): FormatUnavailable where the model's kind rules the format out; ExportFailed, PackageMissing.
     """
 
     name: str
     filename: str
-    export: Callable[[Capture, Path], None]
+    export: Callable[[Capture, Path], object]
     variants: Sequence[Mapping[str, Any]] = field(default=({},))
     library: str = ""
     fused_variants: Sequence[Mapping[str, Any]] = field(default=({},))
     leaves: tuple[str, ...] = ()
     slow: bool = False
+    by_level: bool = False
 
 
 FORMATS = {
@@ -59,6 +61,7 @@ FORMATS = {
             leaves=("linear_activation", "gated_linear"),
             slow=True,
         ),
+        Format(name="cuda", filename=cuda.FILENAME, export=cuda.export, library=libraries.TORCH, by_level=True),
     )
 }
 

@@ -61,7 +61,7 @@ class Capture:
                 f"a model given as {self.model.kind} holds no program that torch.export could capture",
                 next_step="give the module itself: MODEL = package.module:factory",
             )
-        return _program(self.model)
+        return program_of(self.model)
 
     @cached_property
     def widened(self) -> torch.export.ExportedProgram:
@@ -72,7 +72,7 @@ class Capture:
             return self.program
         wide = copy.deepcopy(module).float()
         wide.dtypes = []  # type: ignore[assignment]  # of a Flat: inputs come as float32 and stay so
-        program = _program(replace(self.model, module=wide, program=None))
+        program = program_of(replace(self.model, module=wide, program=None))
         self.decisions.append(
             Applied(
                 what="ONNX and OpenVINO compute in float32",
@@ -108,7 +108,7 @@ def settle_axes(model: Model, *, stated: bool) -> Model:
     if model.module is None or model.kind in ("onnx", "torchscript"):
         return model
     try:
-        return replace(model, program=_program(model))
+        return replace(model, program=program_of(model))
     except ExportFailed as first:
         if not model.signature.axes:
             raise
@@ -121,10 +121,10 @@ def settle_axes(model: Model, *, stated: bool) -> Model:
             next_step="state a single size for it, such as seq=128..128 or just 128",
         )
     settled = replace(model, signature=kept, decisions=(*model.decisions, *decisions))
-    return replace(settled, program=_program(settled))
+    return replace(settled, program=program_of(settled))
 
 
-def _program(model: Model) -> torch.export.ExportedProgram:
+def program_of(model: Model) -> torch.export.ExportedProgram:
     """Capture with the signature's axes, sparing the model torch.export's own objections to small sizes.
 
     torch.export wants one graph to be right for sizes 1 and 2 too, and refuses where Python code asks about them,
@@ -176,7 +176,8 @@ def _export(
     becomes an assertion in the graph."""
     assert model.module is not None
     arrays = sample(model.signature, _capture_point(model.signature), np.random.default_rng(0))
-    tensors = tuple(torch.from_numpy(a) for a in arrays.values())
+    device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
+    tensors = tuple(torch.from_numpy(a).to(device) for a in arrays.values())
     try:
         with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
             return torch.export.export(

@@ -44,6 +44,12 @@ def is_call(value: Any, *targets: Any) -> bool:
     return isinstance(value, Node) and value.op == "call_function" and value.target in targets
 
 
+def name_of(node: Any) -> str:
+    """The operator that a node calls, such as "aten::linear"; empty for what is none."""
+    known = isinstance(node, Node) and isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target._schema.name) if known else ""
+
+
 def shape(node: Node) -> tuple[Any, ...]:
     """The shape of a node's tensor: ints, and SymInts for dynamic axes."""
     return tuple(node.meta["val"].shape)
@@ -96,9 +102,14 @@ def take(before: Node, pair: Node, index: int, like: Node) -> Node:
 
 def sweep(module: GraphModule) -> None:
     """Remove what nothing uses, and make the module's code anew."""
-    module.graph.eliminate_dead_code()
+    module.graph.eliminate_dead_code(is_impure_node=_matters)
     module.graph.lint()
     module.recompile()
+
+
+def _matters(node: Node) -> bool:
+    """Must a node stay that nothing uses? Attention need not, though torch takes it for random: it could drop out."""
+    return node.is_impure() and not is_call(node, aten.scaled_dot_product_attention.default)
 
 
 def drop_identities(module: GraphModule) -> None:

@@ -24,6 +24,8 @@ from kpdeploy.serving.target import TARGETS
 from kpdeploy.verify import Question, ask, failure, prove
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
     from kpdeploy.export import Capture, Format
 
 
@@ -97,10 +99,12 @@ def formats_of(target: str, format: str) -> list[Format]:
 
 @dataclass(frozen=True)
 class Fusion:
-    """The model with fused ops, captured again (None: there are none), and what was fused and refused."""
+    """The model with fused ops, captured again (None: there are none), and what was fused and refused. `packed` is the
+    same without the padding of a batch, where that can be."""
 
     decisions: tuple[Decision, ...]
     capture: Capture | None = None
+    packed: Capture | None = None
 
 
 def fuse_for(capture: Capture, formats: Sequence[Format], progress: Progress, *, must: bool) -> dict[str, Fusion]:
@@ -132,21 +136,35 @@ def fuse_for(capture: Capture, formats: Sequence[Format], progress: Progress, *,
 
 def _fused(capture: Capture, left: tuple[str, ...]) -> Fusion:
     """The fusion of all ops but those that are left to the format's own compiler."""
-    from kpdeploy.export.capture import settle_axes
-    from kpdeploy.load.flat import Flat
     from kpdeploy.optimize import fuse
+    from kpdeploy.optimize.pack import pack
 
     result = fuse(capture.model, left=left)
     if not result.counts:
         return Fusion(result.decisions)
-    again = replace(capture.model, kind="module", module=Flat(result.module, None), program=None, decisions=())
+    fused = _again(capture, result.module, "-".join(("fused", *left)))
+    if isinstance(fused, str):
+        return Fusion((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {fused}"),))
+    told = pack(result.module)
+    packed = _again(capture, result.module, "-".join(("packed", *left))) if isinstance(told, Applied) else None
+    if isinstance(packed, str):
+        told, packed = Skipped(what=told.what, reason=f"the packed graph cannot be captured: {packed}"), None
+    return Fusion((*result.decisions, told), fused, packed)
+
+
+def _again(capture: Capture, module: GraphModule, name: str) -> Capture | str:
+    """A rewritten module, captured with the same axes, to be exported below a folder of this name; or why not."""
+    from kpdeploy.export.capture import settle_axes
+    from kpdeploy.load.flat import Flat
+
+    again = replace(capture.model, kind="module", module=Flat(module, None), program=None, decisions=())
     try:
         settled = settle_axes(again, stated=True)
     except ExportFailed as error:
-        return Fusion((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {error.why}"),))
-    folder = capture.folder / "-".join(("fused", *left))
+        return error.why
+    folder = capture.folder / name
     folder.mkdir()
-    return Fusion(result.decisions, replace(capture, model=settled, folder=folder, decisions=[]))
+    return replace(capture, model=settled, folder=folder, decisions=[])
 
 
 def try_formats(
@@ -163,14 +181,16 @@ def try_formats(
     command's."""
     candidates: list[Candidate] = []
     for format in formats:
+        if format.by_level:
+            continue
         found: list[Candidate] = []
         fusion = fused.get(format.name)
         # A slow export is made once: without, where that may be, for its compiler has fused better wherever measured.
-        if fusion is not None and fusion.capture is not None and not (format.slow and plain):
-            found += _try_one(format, fusion.capture, asked, tolerances, progress, fused=True)
+        if fusion is not None and not (format.slow and plain):
+            found += _try_fused(format, fusion, asked, tolerances, progress)
         if plain:
             try:
-                found += _try_one(format, capture, asked, tolerances, progress, fused=False)
+                found += _try_one(format, capture, asked, tolerances, progress, {})
             except (ExportFailed, FormatUnavailable, PackageMissing) as error:
                 if len(formats) == 1 and not any(c.passed for c in found):
                     raise
@@ -179,21 +199,33 @@ def try_formats(
     return candidates
 
 
+def _try_fused(
+    format: Format, fusion: Fusion, asked: Sequence[Question], tolerances: Mapping[str, float], progress: Progress
+) -> list[Candidate]:
+    """One format with fused ops: without padding where that is right, for it is never slower by much; else with it."""
+    found: list[Candidate] = []
+    libraries: dict[str, Any] = {"op_libraries": (format.library,)}
+    for capture, settings in ((fusion.packed, {"padding": "dropped", **libraries}), (fusion.capture, libraries)):
+        if capture is not None and not any(candidate.passed for candidate in found):
+            found += _try_one(format, capture, asked, tolerances, progress, settings)
+    return found
+
+
 def _try_one(
     format: Format,
     capture: Capture,
     asked: Sequence[Question],
     tolerances: Mapping[str, float],
     progress: Progress,
-    *,
-    fused: bool,
+    settings: Mapping[str, Any],
 ) -> list[Candidate]:
-    """One format, with each of its variants. What fails of an artifact with fused ops is a candidate that is out.
+    """One format, with each of its variants and these settings. What fails of an artifact with fused ops is a candidate
+    that is out.
 
     Raises:
         ExportFailed, FormatUnavailable, PackageMissing: the plain artifact cannot be made.
     """
-    settings: dict[str, Any] = {"op_libraries": (format.library,)} if fused else {}
+    fused = bool(settings)
     try:
         artifact = _export_one(format, capture, progress, fused=fused)
     except (ExportFailed, FormatUnavailable, PackageMissing) as error:

@@ -26,6 +26,7 @@ from kpdeploy.model import Model
 from kpdeploy.monitoring.history import Entry, branch, record, values_of
 from kpdeploy.ops.libraries import contract
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
+from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.pipeline.levels import ACCURACY_BUDGET, Lower, asked_of, check_latency, rungs_of
 from kpdeploy.pipeline.measuring import measure, time_here
 from kpdeploy.pipeline.room import told_when_full
@@ -138,7 +139,9 @@ def export(
         wanted = formats_of(target, format)
         fused = {} if fuse == "never" else fuse_for(capture, wanted, progress, must=fuse == "always")
         candidates = try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
-        lower = Lower(capture, asked, samples, accuracy_budget, progress)
+        fusion = fused.get("cuda", Fusion(()))
+        on_gpu = OnGpu(capture, fusion, asked, samples, tolerances, accuracy_budget, progress)
+        lower = Lower(capture, asked, samples, accuracy_budget, progress, on_gpu)
         for rung in rungs:
             candidates += [lower.candidate(way, candidates) for way in rung]
             candidates, windows = measure(candidates, settled.signature, progress)

@@ -11,11 +11,12 @@ from kpdeploy.artifact import Artifact
 from kpdeploy.backends import LEVELS, Lowering, lowerings
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Decision
-from kpdeploy.errors import BudgetUnmet, ExportFailed, LevelUnavailable, UnknownName
+from kpdeploy.errors import BudgetUnmet, ExportFailed, FormatUnavailable, LevelUnavailable, UnknownName
 from kpdeploy.hardware import detect
 from kpdeploy.inputs import Tensors, point_of
 from kpdeploy.model import Model
 from kpdeploy.pipeline.candidates import Candidate, prove_one
+from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.progress import Progress
 from kpdeploy.serving.target import TARGETS
 from kpdeploy.verify import Question
@@ -49,9 +50,15 @@ def rungs_of(target: str, format: str, level: str, accuracy: float, latency_ms: 
         if value is not None and not 0 < value < math.inf:
             raise UnknownName(f"the {name} {value} is not a number above 0", next_step="give one, such as 1e-2")
     top = LEVELS[-1] if level == "auto" else int(level)
-    known = [_reachable(way, target, format) for way in (lowerings(detect()) if top > 1 else ()) if way.level <= top]
+    known = [_reachable(way, target, format) for way in lowerings(detect()) if way.level <= top]
+    if format == "cuda" and not any(way.format == format for way in known):
+        raise FormatUnavailable(
+            "this machine has no NVIDIA GPU",
+            why="what the format cuda holds is proven and measured on the GPU that will run it",
+            next_step="export where the GPU is, or in another format (--format auto)",
+        )
     missing = [way for way in known if way.level == top and way.missing]
-    if level != "auto" and top > 1 and len(missing) == sum(way.level == top for way in known):
+    if level != "auto" and (top > 1 or format == "cuda") and len(missing) == sum(way.level == top for way in known):
         raise LevelUnavailable(
             f"level {level} cannot be had here",
             why="; ".join(f"{way.precision}: {way.missing}" for way in missing),
@@ -105,8 +112,11 @@ class Lower:
     samples: Sequence[Tensors]
     budget: float
     progress: Progress
+    on_gpu: OnGpu | None = None
 
     def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
+        if self.on_gpu is not None and way.format == "cuda" and not way.missing:
+            return self.on_gpu.candidate(way, known)
         blank = Candidate(format=way.format, settings=way.settings, level=way.level, reason=way.missing)
         plain = next((c.artifact for c in known if c.format == way.format and c.level == 1 and not c.fused), None)
         if way.missing:

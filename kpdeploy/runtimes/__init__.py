@@ -14,9 +14,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-RUNTIMES = ("onnx", "torchscript", "pt2", "openvino")
+RUNTIMES = ("onnx", "torchscript", "pt2", "openvino", "cuda")
 
-PACKAGES = {"onnx": ("onnxruntime",), "torchscript": ("torch",), "pt2": ("torch",), "openvino": ("openvino",)}
+PACKAGES = {
+    "onnx": ("onnxruntime",),
+    "torchscript": ("torch",),
+    "pt2": ("torch",),
+    "openvino": ("openvino",),
+    "cuda": ("torch",),
+}
 """The packages that each runtime needs beside NumPy."""
 
 

@@ -45,7 +45,7 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="triton", formats=("onnx", "openvino", "torchscript", "pt2")),
+        Target(name="triton", formats=("onnx", "openvino", "torchscript", "pt2", "cuda")),
         Target(name="torchserve", formats=("onnx", "torchscript", "pt2")),
     )
 }

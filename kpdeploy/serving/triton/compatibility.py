@@ -28,7 +28,7 @@ from kpdeploy.serving.triton.containers import (
 )
 from kpdeploy.serving.triton.overlay import BACKENDS
 
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "torch", "pt2": "torch"}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "torch", "pt2": "torch", "cuda": "torch"}
 """The field of a Container that says which runtime loads a format."""
 
 HERE = "this machine"

@@ -44,6 +44,8 @@ LOADERS = {
         threads_parameter="INTRA_OP_THREAD_COUNT",
     ),
     "pt2": Loader(platform="torch_aoti"),
+    # No backend of NVIDIA's runs an exported program: the version holds a model.py, and Python must have torch.
+    "cuda": Loader(backend="python"),
     # The backend has no parameter for the precision of inference: OpenVINO's own default holds in the container,
     # bf16 where the CPU has it.
     "openvino": Loader(

@@ -23,7 +23,7 @@ from kpdeploy.errors import RepositoryBroken
 from kpdeploy.runtimes import PACKAGES, source
 from kpdeploy.serving.triton.config import CONFIG, LABELS, WARMUP, read_config, write_config
 
-BACKENDS = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "pytorch", "pt2": "pytorch"}
+BACKENDS = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "pytorch", "pt2": "pytorch", "cuda": "python"}
 """The folder name of the native backend that NVIDIA's container runs each format with."""
 
 

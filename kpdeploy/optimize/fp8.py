@@ -1,0 +1,252 @@
+"""Products in 8 bits: weights scaled by row, activations by what calibration saw; layers that cost too much stay.
+
+Source of the scheme: static per-tensor scales of activations and per-row scales of weights in e4m3, as in Micikevicius
+et al., FP8 Formats for Deep Learning (2022). The choice of layers is by measured error, each alone, then all together.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.errors import ExportFailed
+from kpdeploy.inputs import Tensors
+from kpdeploy.ops import NAMESPACE
+from kpdeploy.ops.fp8_linear_activation import LARGEST
+from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, sweep, take
+
+ops = torch.ops.kpdeploy
+
+E4M3 = torch.float8_e4m3fn
+
+MULTIPLE = 16
+"""Rows and columns of a weight that the kernels take."""
+
+MARGIN = 0.8
+"""Of the budget that 8 bits may use, for the samples are few and the rest of the graph rounds too."""
+
+JUDGED = 4
+"""So many samples judge each layer alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One product: its node, the name of its weight, the scale of its input, and what it costs alone, as error of the
+    outputs."""
+
+    node: Node
+    name: str
+    scale: float
+    error: float
+
+
+def lower(module: GraphModule, samples: Sequence[Tensors], budget: float) -> tuple[list[Decision], list[Layer]]:
+    """Rewrite the products of a module in place, as many as hold the budget; what was decided, and every layer.
+
+    `samples`: inputs of the module, by name in the order of its inputs.
+
+    Raises:
+        ExportFailed: not one product fits.
+    """
+    device = next(module.parameters()).device
+    inputs = [[torch.from_numpy(a).to(device) for a in sample.values()] for sample in samples]
+    layers = _judged(module, inputs)
+    if not layers:
+        raise ExportFailed("there is no product to compute in 8 bits", why="its sizes are no multiples of 16")
+    chosen, error = _chosen(module, inputs, layers, budget * MARGIN)
+    if not chosen:
+        worst = max(layer.error for layer in layers)
+        raise ExportFailed(
+            "no product can be computed in 8 bits within the budget",
+            why=f"each alone costs an error of up to {worst:.1e}, at most {budget:.0e} was asked for",
+        )
+    _rewrite(module, chosen)
+    what = f"fp8 in {len(chosen)} of {len(layers)} products"
+    detail = f"scales from {len(samples)} samples, on which it costs an error of {error:.1e}"
+    left = sorted((layer for layer in layers if layer not in chosen), key=lambda layer: -layer.error)
+    worst = ", ".join(f"{layer.name} {layer.error:.1e}" for layer in left[:3])
+    why = f"the budget does not hold them; the errors of the worst alone: {worst}"
+    told = [Skipped(what=f"fp8 in {len(left)} products", reason=why)] if left else []
+    return [Applied(what=what, detail=detail), *told], layers
+
+
+def report(layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    return [{"layer": layer.name, "scale": layer.scale, "error_alone": layer.error} for layer in layers]
+
+
+# Judging: what each product costs.
+
+
+def _fits(node: Node) -> bool:
+    weight: Any = node.args[1]
+    found = weight.meta["val"]
+    return weight.op == "get_attr" and all(size % MULTIPLE == 0 for size in found.shape)
+
+
+class _Simulated(Interpreter):
+    """Runs the module with some of its products rounded to 8 bits, or looks for the largest input of each."""
+
+    def __init__(self, module: GraphModule, scales: Mapping[Node, float], rounded: Collection[Node] = ()) -> None:
+        super().__init__(module)
+        self.scales = scales
+        self.rounded = rounded
+        self.largest: dict[Node, float] = {}
+
+    def run_node(self, n: Node) -> Any:
+        if is_call(n, ops.linear_activation.default):
+            x, weight, bias, activation = self.fetch_args_kwargs_from_env(n)[0]
+            if n in self.rounded:
+                rows = weight_scales(weight)[:, None]
+                x, weight = _rounded(x, self.scales[n]), _rounded(weight, rows)
+            elif n not in self.scales:
+                self.largest[n] = max(self.largest.get(n, 0), float(x.abs().amax()) if x.numel() else 0.0)
+            return n.target(x, weight, bias, activation)  # type: ignore[operator]
+        return super().run_node(n)
+
+
+def _rounded(value: torch.Tensor, scale: Any) -> torch.Tensor:
+    rounded: torch.Tensor = (value.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3).float() * scale
+    return rounded.to(value.dtype)
+
+
+def weight_scales(weight: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: what 1 stands for in each row of a weight [N, K]."""
+    return (weight.float().abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Layer]:
+    nodes = [node for node in calls(module.graph, ops.linear_activation.default) if _fits(node)]
+    looking = _Simulated(module, {})
+    plain = [looking.run(*tensors) for tensors in inputs]
+    scales = {node: max(looking.largest.get(node, 0.0), 1e-6) / LARGEST for node in nodes}
+    few = range(min(JUDGED, len(inputs)))
+    found = []
+    for node in nodes:
+        run = _Simulated(module, scales, {node})
+        error = max(_error(run.run(*inputs[i]), plain[i]) for i in few)
+        weight: Any = node.args[1]
+        found.append(Layer(node=node, name=str(weight.target), scale=scales[node], error=error))
+    return found
+
+
+def _error(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """The largest ‖out − ref‖ / ‖ref‖ of the outputs; infinite where one is not finite."""
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, expected, strict=True) if b.is_floating_point()]
+    errors = [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
+    return max((e if e == e else float("inf") for e in errors), default=0.0)
+
+
+def _chosen(
+    module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]], layers: Sequence[Layer], budget: float
+) -> tuple[list[Layer], float]:
+    """As many of the layers as hold the budget together, those that cost least first; and what they cost."""
+    order = sorted(layers, key=lambda layer: layer.error)
+    plain = [_Simulated(module, {}).run(*tensors) for tensors in inputs]
+    scales = {layer.node: layer.scale for layer in layers}
+
+    def cost(count: int) -> float:
+        run = _Simulated(module, scales, {layer.node for layer in order[:count]})
+        return max(_error(run.run(*tensors), expected) for tensors, expected in zip(inputs, plain, strict=True))
+
+    low, high, error = 0, len(order) + 1, 0.0
+    while high - low > 1:
+        # Usually all of them hold: that is asked first.
+        middle = len(order) if high > len(order) else (low + high) // 2
+        found = cost(middle)
+        low, high, error = (middle, high, found) if found <= budget else (low, middle, error)
+    return order[:low], error
+
+
+# Rewriting.
+
+NORMS = {f"{NAMESPACE}::{name}": f"fp8_{name}" for name in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")}
+"""Norms, and the form of each that gives its result in 8 bits, too."""
+
+
+def _rewrite(module: GraphModule, chosen: Sequence[Layer]) -> None:
+    by_node = {layer.node: layer for layer in chosen}
+    inputs: dict[Node, Node] = {}
+    for node in list(module.graph.nodes):
+        if node in by_node:
+            _rewrite_one(module, by_node[node], by_node, inputs)
+    sweep(module)
+
+
+def _rewrite_one(module: GraphModule, layer: Layer, chosen: Mapping[Node, Layer], inputs: dict[Node, Node]) -> None:
+    node = layer.node
+    x, weight, bias, activation = node.args
+    held = _tensor(module, weight)
+    rows = weight_scales(held)
+    eight = (held.float() / rows[:, None]).clamp(-LARGEST, LARGEST).to(E4M3)
+    source = _uncast(x)
+    if source not in inputs:
+        inputs[source] = _quantized(module, source, node, layer.scale)
+    # A product whose result only products in 8 bits read gives it to them so.
+    readers = [chosen.get(user) for user in node.users]
+    straight = all(reader is not None and reader.node.args[0] is node for reader in readers) and readers
+    out_scale = _scale(module, node, readers[0].scale) if straight and readers[0] else None
+    made = insert(
+        node,
+        ops.fp8_linear_activation.default,
+        (
+            inputs[source],
+            _constant(module, node, eight),
+            _scale(module, node, layer.scale),
+            _constant(module, node, rows),
+            bias,
+            out_scale,
+            activation,
+        ),
+        node,
+    )
+    node.replace_all_uses_with(made)
+    if out_scale is not None:
+        inputs[made] = made
+
+
+def _uncast(value: Any) -> Node:
+    """The value before a cast to the dtype that the product wanted."""
+    node: Node = value
+    while is_call(node, aten.to.dtype):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _quantized(module: GraphModule, source: Node, before: Node, scale: float) -> Node:
+    """The 8-bit form of a product's input: by the norm that made it, else by a pass of its own."""
+    alone = name_of(source) in NORMS
+    first = source.target is operator.getitem and source.args[1] == 0
+    maker: Any = source.args[0] if first else source
+    if name_of(maker) not in NORMS:
+        return insert(before, ops.fp8_quantize.default, (source, _scale(module, before, scale)), source)
+    target = getattr(ops, NORMS[name_of(maker)]).default
+    made = insert(maker, target, (*maker.args, _scale(module, maker, scale)))
+    if alone:
+        maker.replace_all_uses_with(take(maker, made, 0, maker))
+    else:
+        for user in list(maker.users):
+            user.replace_input_with(maker, made)
+    return take(before, made, 1 if alone else 2, source)
+
+
+def _tensor(module: GraphModule, node: Any) -> torch.Tensor:
+    found: torch.Tensor = operator.attrgetter(node.target)(module)
+    return found.detach()
+
+
+def _scale(module: GraphModule, before: Node, scale: float) -> Node:
+    return _constant(module, before, torch.tensor([scale], dtype=torch.float32))
+
+
+def _constant(module: GraphModule, before: Node, value: torch.Tensor) -> Node:
+    """A tensor that the module holds from now on, as a node."""
+    name = f"fp8_{sum(1 for _ in module.buffers())}"
+    module.register_buffer(name, value.to(next(module.parameters()).device))
+    with before.graph.inserting_before(before):
+        return before.graph.get_attr(name)

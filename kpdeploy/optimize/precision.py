@@ -1,0 +1,60 @@
+"""The same graph in fewer bits, on another device: weights are cast once, activations where a kernel wants them so."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from kpdeploy.optimize.graph import aten, insert, sweep
+
+KERNELS = (
+    aten.linear.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.conv1d.default,
+    aten.conv2d.default, aten.layer_norm.default, aten.group_norm.default, aten.batch_norm.default,
+    aten.scaled_dot_product_attention.default,
+)  # fmt: skip
+"""Operators of torch that want one dtype of all of their tensors; so do all of ours."""
+
+
+def place(module: GraphModule, device: torch.device) -> None:
+    """Move a module in place: its tensors, and those that its graph makes."""
+    module.to(device)
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args = torch.fx.node.map_aggregate(node.args, lambda a: _moved(a, device))
+            node.kwargs = torch.fx.node.map_aggregate(node.kwargs, lambda a: _moved(a, device))
+    module.recompile()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return device if isinstance(value, torch.device) else value
+
+
+def lower(module: GraphModule, dtype: torch.dtype) -> None:
+    """Let a float32 module compute in another dtype, in place. Its inputs and outputs stay float32.
+
+    What a graph computes in float32 on its own, such as positions, meets the kernels in their dtype.
+    """
+    module.to(dtype)
+    for node in list(module.graph.nodes):
+        if node.op == "output":
+            node.args = torch.fx.node.map_arg(node.args, partial(_cast, node, torch.float32))
+        elif node.op == "call_function" and (node.target in KERNELS or _is_ours(node)):
+            node.args = torch.fx.node.map_arg(node.args, partial(_cast, node, dtype))
+    sweep(module)
+
+
+def _is_ours(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "kpdeploy"
+
+
+def _cast(before: Node, dtype: torch.dtype, value: Node) -> Node:
+    """An activation of floats in this dtype; weights are of it already, and integers stay."""
+    found = value.meta.get("val")
+    if value.op == "get_attr" or not isinstance(found, torch.Tensor) or not found.is_floating_point():
+        return value
+    node = insert(before, aten.to.dtype, (value, dtype))
+    node.meta["val"] = found.to(dtype)
+    return node

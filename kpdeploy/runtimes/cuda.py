@@ -1,0 +1,222 @@
+"""An exported program on an NVIDIA GPU, in CUDA graphs: one a bucket of sizes, captured when the artifact is loaded.
+
+A request runs in the smallest bucket that holds it, padded with zeros; its answer is cut to its own sizes. One that no
+bucket holds runs without a graph, and `run.missed` counts it. `graphs.json` beside the program says, in JSON:
+
+    device    "cuda"; "cpu" runs the same buckets without graphs, for tests
+    inputs, outputs    the shape of each, with the names of its dynamic axes: ["batch", "seq"]
+    padded    the axes that zeros may fill up: those of a bucket that are not among them must be equal
+    mask      the index of the input that tells tokens from padding, of a program that drops padding; null: it does not.
+              Such a program takes three inputs more: the places of the tokens in the batch, the same with one behind
+              the batch where a bucket has more tokens, and where each row's tokens begin
+    buckets   {"batch": 8, "seq": 128, "tokens": 512} each; `tokens` only where padding is dropped
+
+Settings: `op_libraries` (paths). Arrays may be NumPy's, or tensors on the GPU: the answers are of the same kind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Arrays = Sequence[Any]
+Sizes = Mapping[str, int]
+
+ALIGNED = 256
+"""Bytes: each input begins at a multiple, as the allocator's own memory does."""
+
+
+def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: dict[str, Any]) -> Graphs:
+    for library in settings.get("op_libraries", ()):
+        torch.ops.load_library(library)
+    described = json.loads(Path(path).with_name("graphs.json").read_text())
+    if described["device"] == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"the artifact runs on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+    try:
+        program = torch.export.load(path).module(check_guards=False)
+    except RuntimeError as error:
+        if "kpdeploy" not in str(error):
+            raise
+        why = "the model calls fused ops, whose kernels are in libkpdeploy_torch.so"
+        raise RuntimeError(f"{why}: load that first (op_libraries, torch.ops.load_library or LD_PRELOAD)") from None
+    return Graphs(program, described)
+
+
+def sizes_of(arrays: Arrays, shapes: Sequence[Sequence[int | str]]) -> dict[str, int]:
+    """The sizes of the dynamic axes in a request."""
+    pairs = ((d, n) for a, shape in zip(arrays, shapes, strict=True) for d, n in zip(shape, a.shape, strict=True))
+    return {axis: int(size) for axis, size in pairs if isinstance(axis, str)}
+
+
+def smallest(buckets: Sequence[Sizes], sizes: Sizes, padded: Sequence[str]) -> int | None:
+    """The index of the bucket with the least to compute that holds these sizes; None where none does."""
+
+    def holds(bucket: Sizes) -> bool:
+        return all(bucket[a] == n or (a in (*padded, "tokens") and bucket[a] > n) for a, n in sizes.items())
+
+    def work(index: int) -> tuple[int, int]:
+        bucket = buckets[index]
+        whole = math.prod(n for axis, n in bucket.items() if axis != "tokens")
+        return bucket.get("tokens", whole), whole
+
+    return min((i for i, bucket in enumerate(buckets) if holds(bucket)), key=work, default=None)
+
+
+class Graphs:
+    """The program and its graphs. Calls from several threads take turns."""
+
+    def __init__(self, program: torch.nn.Module, described: Mapping[str, Any]) -> None:
+        self.program = program
+        self.described = described
+        self.device = torch.device(described["device"])
+        self.on_gpu = self.device.type == "cuda"
+        self.padded: list[str] = described["padded"]
+        self.buckets: list[Sizes] = described["buckets"]
+        self.missed = 0
+        self.lock = threading.Lock()
+        self.stream = torch.cuda.Stream() if self.on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.dtypes = [getattr(torch, dtype) for dtype in described["dtypes"]]
+        largest = max((self.layout(bucket)[1] for bucket in self.buckets), default=0)
+        self.host = torch.zeros(largest, dtype=torch.uint8, pin_memory=self.on_gpu)
+        self.memory = torch.zeros(largest, dtype=torch.uint8, device=self.device) if self.on_gpu else self.host
+        with torch.inference_mode():
+            # From the largest on, so that the pool is as large as it must be at once.
+            order = sorted(self.buckets, key=lambda b: -math.prod(b.values()))
+            made = {id(bucket): _Bucket(self, bucket) for bucket in order}
+        self.captured = [made[id(bucket)] for bucket in self.buckets]
+
+    def _shapes(self, bucket: Sizes) -> list[list[int]]:
+        """The shapes of all of the program's inputs in a bucket."""
+        shapes = [[bucket[d] if isinstance(d, str) else d for d in shape] for shape in self.described["inputs"]]
+        if self.described["mask"] is not None:
+            rows = shapes[self.described["mask"]][0]
+            shapes += [[bucket["tokens"]], [bucket["tokens"]], [rows + 1]]
+        return shapes
+
+    def layout(self, bucket: Sizes) -> tuple[list[int], int]:
+        """Where each input begins in the memory that all buckets share, and the bytes of all."""
+        begins, end = [], 0
+        for shape, dtype in zip(self._shapes(bucket), self.dtypes, strict=True):
+            begins.append(end)
+            end += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        return begins, end
+
+    def views(self, memory: torch.Tensor, bucket: Sizes) -> list[torch.Tensor]:
+        """The inputs of a bucket in the shared memory, of the GPU or of the host."""
+        found = []
+        for shape, dtype, begin in zip(self._shapes(bucket), self.dtypes, self.layout(bucket)[0], strict=True):
+            part = memory[begin : begin + math.prod(shape) * dtype.itemsize]
+            found.append(part.view(dtype).view(shape))
+        return found
+
+    def __call__(self, arrays: Arrays) -> Arrays:
+        with self.lock, torch.inference_mode():
+            on_gpu = isinstance(arrays[0], torch.Tensor)
+            sizes = sizes_of(arrays, self.described["inputs"])
+            tokens = self._tokens(arrays)
+            wanted = sizes if tokens is None else {**sizes, "tokens": len(tokens)}
+            index = smallest(self.buckets, wanted, self.padded)
+            if index is None:
+                return self._without_graph(arrays, tokens, on_gpu)
+            results = self.captured[index].run(arrays, tokens)
+            cut = [
+                result[tuple(slice(sizes[d]) if d in sizes else slice(None) for d in shape)]
+                for result, shape in zip(results, self.described["outputs"], strict=True)
+            ]
+            return [part.clone() for part in cut] if on_gpu else self._to_host(cut)
+
+    def _tokens(self, arrays: Arrays) -> np.ndarray[Any, Any] | None:
+        """The places of a request's tokens: row and column of each."""
+        if self.described["mask"] is None:
+            return None
+        mask = arrays[self.described["mask"]]
+        return np.argwhere(mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
+
+    def _to_host(self, results: Sequence[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+        if not self.on_gpu:
+            return [np.array(result) for result in results]
+        copies = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results]
+        torch.cuda.current_stream().synchronize()
+        return [copy.numpy() for copy in copies]
+
+    def _without_graph(self, arrays: Arrays, tokens: np.ndarray[Any, Any] | None, on_gpu: bool) -> Arrays:
+        self.missed += 1
+        tensors = [a if on_gpu else torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays]
+        if tokens is not None:
+            extra = packing(tokens, tensors[self.described["mask"]].shape, len(tokens))
+            tensors += [torch.from_numpy(a).to(self.device) for a in extra]
+        results = self.program(*tensors)
+        return list(results) if on_gpu else self._to_host(results)
+
+
+def packing(places: np.ndarray[Any, Any], batch: Sequence[int], count: int) -> list[np.ndarray[Any, Any]]:
+    """The three inputs of a program that drops padding, int64: where each of `count` tokens comes from in a batch of
+    rows and columns, where it goes, and where the tokens of each row begin. `places`: row and column of each real
+    token, in order; what is beyond them comes from anywhere, and goes behind the batch."""
+    rows, columns = batch
+    flat = places[:, 0] * columns + places[:, 1]
+    sources, targets = np.zeros(count, np.int64), np.full(count, rows * columns, np.int64)
+    sources[: len(flat)] = targets[: len(flat)] = flat
+    counts = np.bincount(places[:, 0], minlength=rows)
+    return [sources, targets, np.concatenate([[0], np.cumsum(counts)])]
+
+
+class _Bucket:
+    """The program at one set of sizes: its graph, its inputs in the shared memory, and its outputs."""
+
+    def __init__(self, graphs: Graphs, sizes: Sizes) -> None:
+        self.graphs = graphs
+        self.sizes = sizes
+        self.staged = [view.numpy() for view in graphs.views(graphs.host, sizes)]
+        self.inputs = graphs.views(graphs.memory, sizes)
+        self.begins, self.end = graphs.layout(sizes)
+        self.graph: Any = None
+        self.outputs: Sequence[torch.Tensor] = ()
+        if graphs.on_gpu:
+            self._capture()
+
+    def _capture(self) -> None:
+        stream = self.graphs.stream
+        assert stream is not None
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Once outside: libraries make their handles and workspaces at their first call.
+            self.graphs.program(*self.inputs)
+        stream.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=self.graphs.pool, stream=stream):
+            self.outputs = self.graphs.program(*self.inputs)
+
+    def run(self, arrays: Arrays, tokens: np.ndarray[Any, Any] | None) -> Sequence[torch.Tensor]:
+        self._fill(arrays, tokens)
+        if self.graph is None:
+            outputs: Sequence[torch.Tensor] = self.graphs.program(*self.inputs)
+            return outputs
+        self.graph.replay()
+        return self.outputs
+
+    def _fill(self, arrays: Arrays, tokens: np.ndarray[Any, Any] | None) -> None:
+        """The request into the bucket's inputs, zeros behind it."""
+        if tokens is not None:
+            mask = self.staged[self.graphs.described["mask"]]
+            for place, array in zip(self.staged[-3:], packing(tokens, mask.shape, self.sizes["tokens"]), strict=True):
+                place[...] = array
+        on_gpu = isinstance(arrays[0], torch.Tensor)
+        targets: Sequence[Any] = self.inputs if on_gpu else self.staged
+        for target, array in zip(targets, arrays, strict=False):
+            if target.shape != array.shape:
+                target[...] = 0
+            target[tuple(map(slice, array.shape))] = array
+        if self.graphs.on_gpu:
+            # What came on the GPU is in its place.
+            begin = self.begins[len(arrays)] if on_gpu and tokens is not None else 0
+            used = slice(self.end if on_gpu and tokens is None else begin, self.end)
+            self.graphs.memory[used].copy_(self.graphs.host[used], non_blocking=True)
