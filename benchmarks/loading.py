@@ -32,6 +32,7 @@ from kpdeploy.ops.libraries import ONNX, TORCH, find
 ROUNDING = {"float32": 2e-6, "bfloat16": 1e-2}
 CASES = {
     "attention": ("2x37x53 4/1 heads of 40, lengths, causal",),
+    "packed_attention": ("4 sequences, 98 rows, 4/1 heads of 40, causal",),
     "linear_activation": ("gelu", "4x33x65", "300x64x300"),
     "gated_linear": ("4x33x65", "300x64x300"),
 }

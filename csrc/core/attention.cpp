@@ -1,6 +1,8 @@
-// attention: one task for each batch row, head and block of queries.
+// attention, packed_attention: one task for each sequence, head and block of queries.
 
 #include <algorithm>
+#include <cstring>
+#include <vector>
 
 #include "checks.h"
 
@@ -15,12 +17,26 @@ struct Attention {
   Tensor query, key, value, out;
   const int64_t* lengths;  // null: all keys; where the tensors are
   int64_t lengths_stride;
+  const int64_t* offsets;  // null: a sequence is a row of the batch; else there is one row, of `sequences`
+  int64_t offsets_stride, sequences;
   int64_t heads, kv_heads, head_size;
   float scale;
   bool causal;
 
   int64_t keys_of(int64_t batch) const { return lengths ? lengths[batch * lengths_stride] : key.size(1); }
+  int64_t offset(int64_t sequence) const { return offsets[sequence * offsets_stride]; }
 };
+
+// Queries and keys that belong together, from row `start` of a row of the batch.
+struct Sequence {
+  int64_t batch, start, queries, keys;
+};
+
+Sequence sequence_of(const Attention& a, int64_t i) {
+  if (!a.offsets) return {i, 0, a.query.size(1), a.keys_of(i)};
+  const int64_t rows = a.offset(i + 1) - a.offset(i);
+  return {0, a.offset(i), rows, rows};
+}
 
 void check_lengths(Attention& a, const kpdeploy_tensor* lengths) {
   if (!lengths) return;
@@ -36,9 +52,27 @@ void check_lengths(Attention& a, const kpdeploy_tensor* lengths) {
       refuse("lengths[%lld] is %lld, with %lld keys", (long long)b, (long long)a.keys_of(b), (long long)a.key.size(1));
 }
 
+void check_offsets(Attention& a, const kpdeploy_tensor* offsets) {
+  if (!offsets) refuse("offsets is missing");
+  same_device("offsets", *offsets, a.query);
+  if (offsets->dtype != KPDEPLOY_I64) refuse("offsets is not int64");
+  if (offsets->rank != 1 || offsets->sizes[0] < 1) refuse("offsets has not the shape [sequences + 1]");
+  if (a.query.size(0) != 1 || a.key.size(1) != a.query.size(1))
+    refuse("query is %s, and key %s: packed sequences are [1, rows, heads * size], with as many rows",
+           a.query.shape().c_str(), a.key.shape().c_str());
+  a.offsets = static_cast<const int64_t*>(offsets->data);
+  a.offsets_stride = offsets->strides[0];
+  a.sequences = offsets->sizes[0] - 1;
+  if (a.query.on_gpu()) return;  // the kernel looks at them
+  if (a.offset(0) != 0) refuse("offsets[0] is %lld, not 0", (long long)a.offset(0));
+  for (int64_t i = 1; i <= a.sequences; ++i)
+    if (a.offset(i) < a.offset(i - 1) || a.offset(i) > a.query.size(1))
+      refuse("offsets[%lld] is %lld, after %lld and with %lld rows", (long long)i, (long long)a.offset(i),
+             (long long)a.offset(i - 1), (long long)a.query.size(1));
+}
+
 Attention checked(const kpdeploy_tensor* query, const kpdeploy_tensor* key, const kpdeploy_tensor* value,
-                  const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads, double scale, int causal,
-                  const kpdeploy_tensor* out) {
+                  int64_t heads, int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out) {
   Attention a{};
   a.query = floats("query", query, 3);
   a.key = floats_like("key", key, 3, a.query);
@@ -62,14 +96,14 @@ Attention checked(const kpdeploy_tensor* query, const kpdeploy_tensor* key, cons
   same_sizes(a.out, a.query);
   a.scale = static_cast<float>(scale);
   a.causal = causal != 0;
-  check_lengths(a, lengths);
+  a.sequences = a.query.size(0);
   return a;
 }
 
-AttentionBlock block_of(const Attention& a, int64_t batch, int64_t head, int64_t first, int64_t queries) {
+AttentionBlock block_of(const Attention& a, const Sequence& s, int64_t head, int64_t first, int64_t queries) {
   const int64_t kv_head = head / (a.heads / a.kv_heads), bytes = a.query.item_bytes();
   const auto at = [&](const Tensor& t, int64_t row, int64_t column) {
-    return t.data + (batch * t.stride(0) + row * t.stride(1) + column * a.head_size) * bytes;
+    return t.data + (s.batch * t.stride(0) + (s.start + row) * t.stride(1) + column * a.head_size) * bytes;
   };
   AttentionBlock block{};
   block.query = at(a.query, first, head);
@@ -81,7 +115,7 @@ AttentionBlock block_of(const Attention& a, int64_t batch, int64_t head, int64_t
   block.value_stride = a.value.stride(1);
   block.out_stride = a.out.stride(1);
   block.queries = queries;
-  block.keys = a.keys_of(batch);
+  block.keys = s.keys;
   block.head_size = a.head_size;
   block.causal = a.causal;
   block.first_visible = a.causal ? first + a.key.size(1) - a.query.size(1) + 1 : block.keys;
@@ -98,6 +132,9 @@ void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
   c.out = grid(a.out);
   c.lengths = a.lengths;
   c.lengths_stride = a.lengths_stride;
+  c.offsets = a.offsets;
+  c.offsets_stride = a.offsets_stride;
+  c.sequences = a.sequences;
   c.batch = a.query.size(0);
   c.queries = a.query.size(1);
   c.keys = a.key.size(1);
@@ -109,18 +146,41 @@ void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
   cuda_kernels()->attention[a.query.dtype](c, context->stream);
 }
 
+// The queries of a sequence in blocks of even size.
+struct Blocks {
+  int64_t each, count;
+  Blocks(int64_t queries, int64_t most) {
+    const int64_t wanted = std::max<int64_t>(1, (queries + most - 1) / most);
+    each = (queries + wanted - 1) / wanted;
+    count = each ? (queries + each - 1) / each : 0;
+  }
+};
+
+void clear_rows(const Tensor& out, int64_t from) {
+  for (int64_t r = from; r < out.size(1); ++r)
+    std::memset(out.data + r * out.stride(1) * out.item_bytes(), 0, out.size(2) * out.item_bytes());
+}
+
 void attend(const kpdeploy_context* context, const Attention& a) {
   if (a.query.numel() == 0) return;
   if (a.query.on_gpu()) return attend_on_gpu(context, a);
+  if (a.offsets) clear_rows(a.out, a.offset(a.sequences));
   const Kernels& k = kernels();
-  const int64_t length = a.query.size(1);
-  const bool few = a.query.size(0) * a.heads < 4 * context->threads;
-  const int64_t wanted = (length - 1) / (few ? kQueriesOfFew : kQueries) + 1;
-  const int64_t queries = (length - 1) / wanted + 1, blocks = (length - 1) / queries + 1;
-  const int64_t floats = k.attention_scratch(queries, a.head_size);
-  parallel(context, a.query.size(0) * a.heads * blocks, [&](int64_t task) {
-    const int64_t first = task % blocks * queries, head = task / blocks % a.heads, batch = task / blocks / a.heads;
-    AttentionBlock block = block_of(a, batch, head, first, std::min(queries, length - first));
+  const int64_t most = a.sequences * a.heads < 4 * context->threads ? kQueriesOfFew : kQueries;
+  std::vector<int64_t> firsts{0};  // the first task of each sequence, and the end
+  int64_t longest = 0;
+  for (int64_t i = 0; i < a.sequences; ++i) {
+    const Blocks blocks(sequence_of(a, i).queries, most);
+    firsts.push_back(firsts.back() + blocks.count * a.heads);
+    longest = std::max(longest, blocks.each);
+  }
+  const int64_t floats = k.attention_scratch(longest, a.head_size);
+  parallel(context, firsts.back(), [&](int64_t task) {
+    const int64_t i = std::upper_bound(firsts.begin(), firsts.end(), task) - firsts.begin() - 1;
+    const Sequence sequence = sequence_of(a, i);
+    const Blocks blocks(sequence.queries, most);
+    const int64_t within = task - firsts[i], head = within / blocks.count, first = within % blocks.count * blocks.each;
+    AttentionBlock block = block_of(a, sequence, head, first, std::min(blocks.each, sequence.queries - first));
     block.scratch = scratch(kTaskScratch, floats);
     if (!block.scratch) return false;
     k.attention_block[a.query.dtype](block);
@@ -135,7 +195,18 @@ int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* q
                        const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
                        double scale, int causal, const kpdeploy_tensor* out) {
   return kpdeploy::guarded(context, "attention", [&] {
-    kpdeploy::attend(context,
-                     kpdeploy::checked(query, key, value, lengths, heads, kv_heads, scale, causal, out));
+    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out);
+    kpdeploy::check_lengths(a, lengths);
+    kpdeploy::attend(context, a);
+  });
+}
+
+int kpdeploy_packed_attention(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
+                              const kpdeploy_tensor* value, const kpdeploy_tensor* offsets, int64_t heads,
+                              int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out) {
+  return kpdeploy::guarded(context, "packed_attention", [&] {
+    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out);
+    kpdeploy::check_offsets(a, offsets);
+    kpdeploy::attend(context, a);
   });
 }

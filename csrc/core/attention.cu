@@ -1,4 +1,4 @@
-// attention: a block for each batch row, head and run of queries, over blocks of keys with a running softmax (Milakov
+// attention, packed_attention: a block for each sequence, head and run of queries, over blocks of keys with a running softmax (Milakov
 // and Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in plain float32.
 
 #include <cmath>
@@ -12,14 +12,29 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 
+// How many runs of so many queries a head has at most.
+__host__ __device__ int64_t packed_runs(const CudaAttention& a, int64_t rows) {
+  return a.queries / rows + a.sequences + 1;
+}
+
 // One block's share of the work.
 struct Block {
   int64_t batch, head, first;  // query
-  int64_t keys, end;           // of the row; of those, what some query of this block may see
+  int64_t start, queries;      // of its sequence: the first row, and how many; see packed_runs
+  int64_t keys, end;           // of the sequence; of those, what some query of this block may see
   bool valid;                  // whether the row's length is one
 
   __device__ Block(const CudaAttention& a, int rows) {
+    if (a.offsets)
+      take_packed(a, rows);
+    else
+      take_row(a, rows);
+    end = max(int64_t{0}, min(keys, seen(a, min(first + rows, queries) - 1)));
+  }
+  __device__ void take_row(const CudaAttention& a, int rows) {
     const int64_t blocks = (a.queries + rows - 1) / rows;
+    start = 0;
+    queries = a.queries;
     first = (blocks - 1 - blockIdx.x % blocks) * rows;  // of a causal one the longest runs first
     head = blockIdx.x / blocks % a.heads;
     batch = blockIdx.x / blocks / a.heads;
@@ -27,7 +42,30 @@ struct Block {
     if (a.lengths) keys = a.lengths[batch * a.lengths_stride];
     valid = keys >= 0 && keys <= a.keys;
     if (!valid) keys = 0;
-    end = max(int64_t{0}, min(keys, seen(a, min(first + rows, a.queries) - 1)));
+  }
+  // Sequence i begins at run offsets[i] / rows + i, so that none needs to know how many runs those before it have; what
+  // is behind the last one counts as one more, without keys. Runs that no query is left for have first >= queries.
+  __device__ void take_packed(const CudaAttention& a, int rows) {
+    const auto begin = [&](int64_t i) {
+      return min(max(a.offsets[i * a.offsets_stride], int64_t{0}), a.queries);
+    };
+    const int64_t runs = packed_runs(a, rows), run = blockIdx.x % runs;
+    int64_t low = 0, high = a.sequences;
+    while (low < high) {
+      const int64_t middle = (low + high + 1) / 2;
+      if (begin(middle) / rows + middle <= run)
+        low = middle;
+      else
+        high = middle - 1;
+    }
+    batch = 0;
+    head = blockIdx.x / runs;
+    start = begin(low);
+    queries = max(int64_t{0}, (low < a.sequences ? begin(low + 1) : a.queries) - start);
+    first = (run - start / rows - low) * rows;
+    if (first < 0) first = queries;
+    keys = low < a.sequences ? queries : 0;
+    valid = true;
   }
   // How many leading keys query i sees; less than 1: none.
   __device__ int64_t seen(const CudaAttention& a, int64_t i) const {
@@ -36,7 +74,7 @@ struct Block {
   template <class T>
   __device__ T* rows_of(const CudaAttention& a, const CudaGrid& grid, bool of_keys) const {
     const int64_t column = of_keys ? head / (a.heads / a.kv_heads) : head;
-    return static_cast<T*>(grid.data) + batch * grid.batch_stride + column * a.head_size;
+    return static_cast<T*>(grid.data) + batch * grid.batch_stride + start * grid.row_stride + column * a.head_size;
   }
 };
 
@@ -72,6 +110,7 @@ __global__ void __launch_bounds__(kThreads) attend(const CudaAttention a, const 
   T* const key = query + S::kQueries * kWidth;
   T* const value = key + kKeys * kWidth;
   const Block block(a, S::kQueries);
+  if (block.first >= block.queries) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const T* const keys = block.rows_of<const T>(a, a.key, true);
   const T* const values = block.rows_of<const T>(a, a.value, true);
@@ -84,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) attend(const CudaAttention a, const 
     commit();
   };
   copy_rows<S::kQueries, kSize, kWidth>(query, block.rows_of<const T>(a, a.query, false), a.query.row_stride,
-                                        block.first, a.queries, a.head_size, is_aligned);
+                                        block.first, block.queries, a.head_size, is_aligned);
   copy_keys(0);  // with the queries, one group
   copy_values(0);
 
@@ -170,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) attend(const CudaAttention a, const 
   for (int half = 0; half < 2; ++half) {
     const int64_t i = own + half * 8;
     const float sum = lanes_sum<4>(total[half]);
-    if (i >= a.queries) continue;
+    if (i >= block.queries) continue;
     const float share = !block.valid ? NAN : sum == 0 ? 0 : 1 / sum;
     T* const row = block.rows_of<T>(a, a.out, false) + i * a.out.row_stride;
     const bool paired = reinterpret_cast<uintptr_t>(row) % (2 * sizeof(T)) == 0;
@@ -198,6 +237,7 @@ __global__ void __launch_bounds__(kThreads) attend_plain(const CudaAttention a, 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const weights = rows + kPlainKeys * kWidth + warp * kPlainRows * kPlainKeys;
   const Block block(a, kQueries);
+  if (block.first >= block.queries) return;
   const int64_t own = block.first + warp * kPlainRows;
   const auto copy = [&](const CudaGrid& grid, int64_t from) {
     copy_rows<kPlainKeys, kSize, kWidth>(rows, block.rows_of<const float>(a, grid, true), grid.row_stride, from,
@@ -207,7 +247,7 @@ __global__ void __launch_bounds__(kThreads) attend_plain(const CudaAttention a, 
     __syncthreads();
   };
   copy_rows<kQueries, kSize, kWidth>(query, block.rows_of<const float>(a, a.query, false), a.query.row_stride,
-                                     block.first, a.queries, a.head_size, is_aligned);
+                                     block.first, block.queries, a.head_size, is_aligned);
 
   float out[kPlainRows][kSize / 32] = {}, largest[kPlainRows], total[kPlainRows] = {};
 #pragma unroll
@@ -258,7 +298,7 @@ __global__ void __launch_bounds__(kThreads) attend_plain(const CudaAttention a, 
 
 #pragma unroll
   for (int r = 0; r < kPlainRows; ++r) {
-    if (own + r >= a.queries) break;
+    if (own + r >= block.queries) break;
     const float share = !block.valid ? NAN : total[r] == 0 ? 0 : 1 / total[r];
     float* const row = block.rows_of<float>(a, a.out, false) + (own + r) * a.out.row_stride;
 #pragma unroll
@@ -269,7 +309,9 @@ __global__ void __launch_bounds__(kThreads) attend_plain(const CudaAttention a, 
 
 template <class T, int kSize>
 void attend_in(const CudaAttention& a, bool is_aligned, void* stream) {
-  const auto blocks = [&](int64_t rows) { return a.batch * a.heads * ((a.queries + rows - 1) / rows); };
+  const auto blocks = [&](int64_t rows) {
+    return a.batch * a.heads * (a.offsets ? packed_runs(a, rows) : (a.queries + rows - 1) / rows);
+  };
   if constexpr (std::is_same_v<T, float>)
     launch(attend_plain<kSize>, blocks(kWarps * kPlainRows), kThreads, kPlainBytes<kSize>, stream, a, is_aligned);
   else

@@ -50,6 +50,8 @@ struct CudaAttention {
   CudaGrid query, key, value, out;
   const int64_t* lengths;  // null: all keys
   int64_t lengths_stride;
+  const int64_t* offsets;  // where the sequences of the one row of the batch begin, and the end; null: there are none
+  int64_t offsets_stride, sequences;
   int64_t batch, queries, keys, heads, kv_heads, head_size;
   float scale;
   bool causal;

@@ -949,7 +949,7 @@ bool is_for_hopper(const CudaAttention& a) {
   };
   const bool counts = a.keys > 0 && a.keys < kMost && a.queries < kMost && a.batch < kMost &&
                       a.heads < kMost / a.batch / (a.queries / kRows + 1);
-  return (a.head_size == 64 || a.head_size == 128) && a.scale > 0 && a.scale < INFINITY && counts &&
+  return !a.offsets && (a.head_size == 64 || a.head_size == 128) && a.scale > 0 && a.scale < INFINITY && counts &&
          fits(a.query, a.queries) && fits(a.key, a.keys) && fits(a.value, a.keys) && fits(a.out, a.queries);
 }
 

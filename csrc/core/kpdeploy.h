@@ -75,6 +75,17 @@ int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* q
                        const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
                        double scale, int causal, const kpdeploy_tensor* out);
 
+/* The same of sequences that lie one after the other, with nothing between them.
+ *
+ * query and out [1, T, heads*D], key and value [1, T, kv_heads*D]; offsets: int64 [B + 1], 0 = offsets[0] <= offsets[1]
+ * <= ... <= offsets[B] <= T. Sequence b is rows offsets[b] to offsets[b + 1] of all of them: its queries see its own keys
+ * alone, with causal up to themselves. Rows from offsets[B] on give 0. On a GPU the host does not see the offsets: one
+ * that is out of range counts as the nearest that is in it, and where they do not rise from 0 the rows of what is wrong
+ * may hold anything. */
+int kpdeploy_packed_attention(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
+                              const kpdeploy_tensor* value, const kpdeploy_tensor* offsets, int64_t heads,
+                              int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out);
+
 /* activation(x W^T + bias): x [..., K], weight [N, K], bias [N] or NULL, out [..., N]. */
 int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation,

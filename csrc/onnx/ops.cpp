@@ -60,10 +60,14 @@ int32_t machine_threads() {
   return threads;
 }
 
+// Of kInputs below: T a tensor of the op's dtype, t an optional one, L int64, l optional int64.
+bool is_optional(char kind) { return kind == 't' || kind == 'l'; }
+bool is_int64(char kind) { return kind == 'L' || kind == 'l'; }
+
 // What a kernel sees of one run: inputs (null where an optional one is absent), outputs, the session's threads.
 class Run {
  public:
-  // `kinds` as in kInputs below. An empty optional tensor counts as absent: a function body of ONNX, which stands in for
+  // `kinds` as in kInputs. An empty optional tensor counts as absent: a function body of ONNX, which stands in for
   // an op where this library is not, cannot ask whether an input was left out.
   // ONNX Runtime brings all of them to the device of the provider, and makes that one current.
   Run(OrtKernelContext* context, const char* kinds, kpdeploy_device device)
@@ -71,7 +75,7 @@ class Run {
     for (size_t i = 0; i < context_.GetInputCount(); ++i) {
       const Ort::ConstValue value = context_.GetInput(i);
       inputs_.push_back(value == nullptr ? nullptr : view_of(value, device));
-      if (inputs_[i] && kinds[i] != 'T' && inputs_[i]->sizes == std::vector<int64_t>{0}) inputs_[i] = nullptr;
+      if (inputs_[i] && is_optional(kinds[i]) && inputs_[i]->sizes == std::vector<int64_t>{0}) inputs_[i] = nullptr;
     }
   }
 
@@ -151,13 +155,11 @@ int64_t rows_of(const Packed& packed, const Run& run, size_t input) {
   return run.sizes(input).empty() ? 0 : run.sizes(input)[0];
 }
 
-// Inputs: T a tensor of the op's dtype, t an optional one, l optional int64.
-
-struct Attention {
-  static constexpr const char* kName = "Attention";
-  static constexpr const char* kInputs = "TTTl";
+// `attend`: kpdeploy_attention or kpdeploy_packed_attention, which differ in what their fourth tensor is.
+template <auto attend>
+struct AttentionOf {
   static constexpr int kOutputs = 1;
-  Attention(const Ort::ConstKernelInfo& info, kpdeploy_device)
+  AttentionOf(const Ort::ConstKernelInfo& info, kpdeploy_device)
       : heads(info.GetAttribute<int64_t>("heads")),
         kv_heads(info.GetAttribute<int64_t>("kv_heads")),
         causal(info.GetAttribute<int64_t>("causal")),
@@ -165,12 +167,24 @@ struct Attention {
   void compute(Run& run) const {
     const kpdeploy_tensor* out = run.output(0, run.sizes(0));
     run.call([&](const kpdeploy_context* c) {
-      return kpdeploy_attention(c, run.input(0), run.input(1), run.input(2), run.input(3), heads, kv_heads, scale,
-                                causal != 0, out);
+      return attend(c, run.input(0), run.input(1), run.input(2), run.input(3), heads, kv_heads, scale, causal != 0,
+                    out);
     });
   }
   int64_t heads, kv_heads, causal;
   float scale;
+};
+
+struct Attention : AttentionOf<kpdeploy_attention> {
+  static constexpr const char* kName = "Attention";
+  static constexpr const char* kInputs = "TTTl";
+  using AttentionOf::AttentionOf;
+};
+
+struct PackedAttention : AttentionOf<kpdeploy_packed_attention> {
+  static constexpr const char* kName = "PackedAttention";
+  static constexpr const char* kInputs = "TTTL";
+  using AttentionOf::AttentionOf;
 };
 
 struct LinearActivation {
@@ -299,9 +313,9 @@ struct Op : Ort::CustomOpBase<Op<Kernel, type, device>, Computing<Kernel, device
     return device == KPDEPLOY_CUDA ? "CUDAExecutionProvider" : "CPUExecutionProvider";
   }
   size_t GetInputTypeCount() const { return std::char_traits<char>::length(Kernel::kInputs); }
-  Type GetInputType(size_t i) const { return Kernel::kInputs[i] == 'l' ? kInt64 : type; }
+  Type GetInputType(size_t i) const { return is_int64(Kernel::kInputs[i]) ? kInt64 : type; }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
-    return Kernel::kInputs[i] == 'T' ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+    return is_optional(Kernel::kInputs[i]) ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   }
   size_t GetOutputTypeCount() const { return Kernel::kOutputs; }
   Type GetOutputType(size_t) const { return type; }
@@ -324,6 +338,7 @@ Ort::CustomOpDomain& domain() {
   static Ort::CustomOpDomain made = [] {
     Ort::CustomOpDomain d("com.kpdeploy");
     add<Attention>(d);
+    add<PackedAttention>(d);
     add<LinearActivation>(d);
     add<GatedLinear>(d);
     add<LayerNorm>(d);

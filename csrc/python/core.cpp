@@ -102,6 +102,15 @@ void attention(const py::array& query, const py::array& key, const py::array& va
   });
 }
 
+void packed_attention(const py::array& query, const py::array& key, const py::array& value, const py::array& offsets,
+                      int heads, int kv_heads, double scale, bool causal, const py::array& out, int threads) {
+  const Array q(query), k(key), v(value), f(offsets);
+  const OutArray o(out);
+  run(threads, [&](const kpdeploy_context* c) {
+    return kpdeploy_packed_attention(c, &q.view, &k.view, &v.view, &f.view, heads, kv_heads, scale, causal, &o.view);
+  });
+}
+
 void linear_activation(const py::array& x, const py::array& weight, const Maybe& bias, const std::string& activation,
                        const py::array& out, int threads, bool packed) {
   const Array a(x), w(weight);
@@ -192,6 +201,9 @@ PYBIND11_MODULE(_core, module) {
   module.def("attention", attention, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("lengths"),
              py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("causal"), py::arg("out"),
              py::arg("threads") = 1);
+  module.def("packed_attention", packed_attention, py::arg("query"), py::arg("key"), py::arg("value"),
+             py::arg("offsets"), py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("causal"),
+             py::arg("out"), py::arg("threads") = 1);
   module.def("linear_activation", linear_activation, py::arg("x"), py::arg("weight"), py::arg("bias"),
              py::arg("activation"), py::arg("out"), py::arg("threads") = 1, py::arg("packed") = false);
   module.def("bias_activation", bias_activation, py::arg("x"), py::arg("bias"), py::arg("activation"),

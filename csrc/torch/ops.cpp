@@ -205,6 +205,17 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Optional lengths, int64
   return out;
 }
 
+Tensor packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, int64_t heads, int64_t kv_heads,
+                        double scale, bool causal) {
+  make_dense(query, key, value);
+  Tensor out = dense_like(query);
+  const View q(query), k(key), v(value), f(offsets), o(out);
+  run(q, [&](const kpdeploy_context* c) {
+    return kpdeploy_packed_attention(c, q, k, v, f, heads, kv_heads, scale, causal, o);
+  });
+  return out;
+}
+
 // oneDNN, as torch carries it: the C function that AOTInductor's artifacts call, declared here because its header is
 // not among the stable ones. Looked up when first used; a torch without oneDNN lacks it, and our own kernel runs.
 using OneDnnLinear = AOTITorchError(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
@@ -349,6 +360,10 @@ const Op kOps[] = {
      "attention(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads, float scale, "
      "bool causal) -> Tensor",
      TORCH_BOX(&attention)},
+    {"packed_attention",
+     "packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, int heads, int kv_heads, float scale, "
+     "bool causal) -> Tensor",
+     TORCH_BOX(&packed_attention)},
     {"linear_activation", "linear_activation(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
      TORCH_BOX(&linear_activation)},
     {"fp8_linear_activation",

@@ -71,7 +71,7 @@ def schema(op: Op) -> Any:
 
 
 def _type(name: str) -> str:
-    return "tensor(int64)" if name == "lengths" else "T"
+    return "tensor(int64)" if name in ("lengths", "offsets") else "T"
 
 
 def _translation(op: Op) -> Callable[..., Any]:

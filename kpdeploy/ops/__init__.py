@@ -18,6 +18,7 @@ from kpdeploy.ops.gated_linear import GATED_LINEAR
 from kpdeploy.ops.layer_norm import LAYER_NORM
 from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
 from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
+from kpdeploy.ops.packed_attention import PACKED_ATTENTION
 from kpdeploy.ops.registration import register
 from kpdeploy.ops.rms_norm import RMS_NORM
 
@@ -25,6 +26,7 @@ OPS: dict[str, Op] = {
     op.name: op
     for op in (
         ATTENTION,
+        PACKED_ATTENTION,
         LINEAR_ACTIVATION,
         GATED_LINEAR,
         LAYER_NORM,

@@ -1,7 +1,7 @@
 """Calls of every op with odd sizes and strides: what `kpdeploy ops validate` and the tests run.
 
 One row an op in CASES. Sizes of zero, one row, a last dim below one vector and above many, rows apart in memory,
-broadcast rows, lengths, and one large call of each.
+broadcast rows, lengths, empty sequences, and one large call of each.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ ATTENTIONS = ((2, 128, 128, 3, 3, 32), (1, 1, 77, 4, 2, 64), (2, 37, 53, 4, 1, 4
               (3, 5, 520, 2, 2, 80), (1, 15, 1, 1, 1, 33), (2, 9, 4, 2, 2, 96), (1, 515, 770, 2, 1, 64),
               (0, 3, 3, 2, 2, 32), (2, 0, 3, 2, 2, 32), (2, 3, 0, 2, 2, 32))  # fmt: skip
 """Batch, queries, keys, heads, kv_heads, head size."""
+PACKED = (((128, 128), 0, 3, 3, 32), ((1,), 0, 4, 2, 64), ((37, 0, 53, 1), 7, 4, 1, 40), ((300, 280, 5), 0, 2, 2, 128),
+          ((0, 520, 9, 0), 100, 2, 2, 80), ((3,), 0, 1, 1, 33), ((), 5, 2, 2, 32), ((), 0, 2, 1, 32),
+          ((0,), 0, 2, 1, 32), ((700, 260, 64, 1, 128, 65), 30, 2, 1, 64))  # fmt: skip
+"""Lengths of the sequences, rows beyond them, heads, kv_heads, head size."""
 
 TOLERANCES = {
     "kpdeploy": {"float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4},
@@ -136,8 +140,31 @@ def _attention() -> Iterator[Named]:
     yield "large scores", (q * 40, k * 40, v, None, 2, 2, 1.0, True)
 
 
+def _offsets(lengths: tuple[int, ...]) -> Tensor:
+    import torch
+
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def _packed_attention() -> Iterator[Named]:
+    import torch
+
+    randn = _random(4)
+    for lengths, beyond, heads, kv_heads, size in PACKED:
+        rows, offsets = sum(lengths) + beyond, _offsets(lengths)
+        q, (k, v) = randn(1, rows, heads * size), randn(2, 1, rows, kv_heads * size)
+        what = f"{len(lengths)} sequences, {rows} rows, {heads}/{kv_heads} heads of {size}"
+        yield what, (q, k, v, offsets, heads, kv_heads, size**-0.5, False)
+        yield f"{what}, causal", (q, k, v, offsets, heads, kv_heads, 0.3, True)
+    q, k, v = randn(1, 90, 3 * 2 * 48).chunk(3, dim=-1)
+    yield "slices of one projection", (q, k, v, torch.tensor([0, 33, 34, 80]), 2, 2, 0.14, False)
+    yield "every second offset", (q, k, v, torch.tensor([0, 9, 33, 9, 80])[::2], 2, 2, 0.14, True)
+    yield "large scores", (q * 40, k * 40, v, _offsets((50, 30)), 2, 2, 1.0, True)
+
+
 CASES: dict[str, Callable[[], Iterator[Named]]] = {
     "attention": _attention,
+    "packed_attention": _packed_attention,
     "linear_activation": _linear_activation,
     "gated_linear": _gated_linear,
     "layer_norm": _layer_norm,

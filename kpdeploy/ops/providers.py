@@ -398,6 +398,11 @@ HEADS = Dims(
     of=lambda q, k, v, lengths, heads, *rest: (*q.shape[:2], k.shape[1], heads, q.shape[2] // heads),
     example="8x128x128x12x32",
 )
+PACKED_HEADS = Dims(
+    names=("sequences", "rows", "heads", "size"),
+    of=lambda q, k, v, offsets, heads, *rest: (len(offsets) - 1, q.shape[1], heads, q.shape[2] // heads),
+    example="8x1024x12x32",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,6 +415,7 @@ class Row:
 
 PROVIDERS: dict[str, Row] = {
     "attention": Row(dims=HEADS, providers=_ours(_head_fits)),
+    "packed_attention": Row(dims=PACKED_HEADS, providers=_ours(_head_fits)),
     "linear_activation": Row(dims=LINEAR, providers=(ONEDNN, *CUBLASLT, *OURS)),
     "gated_linear": Row(dims=LINEAR, providers=(ONEDNN, *OURS)),
     "layer_norm": Row(dims=ROWS, providers=OURS),

@@ -84,6 +84,16 @@ def attention(core: Any, rng: Rng, dtype: str) -> list[Any]:
     return [out]
 
 
+def packed_attention(core: Any, rng: Rng, dtype: str) -> list[Any]:
+    lengths, kv_heads, head = rng.integers(0, 90, size(rng, 6)), size(rng, 4), size(rng, 140)
+    heads, rows = kv_heads * int(rng.integers(1, 4)), int(lengths.sum()) + size(rng, 9)
+    q, out = (array(rng, (1, rows, heads * head), dtype, fill) for fill in (None, np.nan))
+    k, v = (array(rng, (1, rows, kv_heads * head), dtype) for _ in range(2))
+    offsets = np.cumsum([0, *lengths]) + (rng.random() < 0.05) * rng.integers(-1, 2, len(lengths) + 1)
+    core.packed_attention(q, k, v, offsets, heads, kv_heads, 0.2, bool(rng.random() < 0.5), out)
+    return [out]
+
+
 def whole(out: Any) -> bool:
     values = (out.astype(np.uint32) << 16).view(np.float32) if out.dtype == np.uint16 else out
     return not np.isnan(values).any()
@@ -98,7 +108,7 @@ def main() -> None:
         core = importlib.import_module("_core")
     except ImportError:
         core = importlib.import_module("kpdeploy._core")
-    for kind in (norm, linear, attention):
+    for kind in (norm, linear, attention, packed_attention):
         ran = 0
         for call in range(chosen.calls):
             rng = np.random.default_rng((chosen.seed, call))

@@ -114,8 +114,26 @@ def _attentions() -> Iterator[tuple[str, Arguments]]:
     yield "off boundary", (q, k, v, torch.tensor([50, 13]), 2, 2, 0.14, False)
 
 
+def _packed_attentions() -> Iterator[tuple[str, Arguments]]:
+    torch.manual_seed(7)
+    for lengths, beyond, heads, kv_heads, size in (
+        # For compute capability 9.0: runs of 128 and 256 queries, more and fewer than multiprocessors, tails.
+        ((65, 1, 0, 129, 128, 256, 257, 300), 70, 12, 12, 64), ((2048, 300, 5), 0, 8, 2, 128),
+        ((64,) * 40, 1, 12, 12, 64), ((1,) * 70, 3, 2, 1, 128), ((600,) * 9, 200, 12, 12, 64),
+        ((), 300, 2, 2, 64), ((0, 0), 0, 2, 2, 128), ((500, 90), 17, 3, 3, 128), ((300, 500), 1, 2, 1, 256),
+    ):  # fmt: skip
+        rows, offsets = sum(lengths) + beyond, torch.tensor([0, *lengths]).cumsum(0)
+        q, k, v = torch.randn(1, rows, (heads + 2 * kv_heads) * size).split(
+            (heads * size, kv_heads * size, kv_heads * size), dim=-1
+        )
+        what = f"{len(lengths)} sequences, {rows} rows, {heads}/{kv_heads} heads of {size}"
+        yield what, (q, k, v, offsets, heads, kv_heads, size**-0.5, False)
+        yield f"{what}, causal", (q, k, v, offsets, heads, kv_heads, size**-0.5, True)
+
+
 OWN = {
     "attention": _attentions,
+    "packed_attention": _packed_attentions,
     "linear_activation": functools.partial(_linears, False),
     "gated_linear": functools.partial(_linears, True),
     "layer_norm": functools.partial(_norms, False, True),
@@ -460,6 +478,37 @@ def test_a_length_out_of_range_gives_nan_in_its_row_alone(
         out = torch.ops.kpdeploy.attention(q, k, v, lengths, heads, heads, 0.2, False)
         assert out[0].isnan().all()
         assert torch.equal(out[1], torch.ops.kpdeploy.attention(q, k, v, None, heads, heads, 0.2, False)[1])
+
+
+@CALLS
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_read_nothing_of_each_other(
+    causal: bool, queries: int, heads: int, size: int, gpu: None
+) -> None:
+    for dtype in DTYPES.values():
+        q, k, v = torch.randn(3, 1, 2 * queries + 50, heads * size, device="cuda", dtype=dtype)
+        offsets = torch.tensor([0, queries, queries, 2 * queries], device="cuda")
+        call = (offsets, heads, heads, 0.2, causal)
+        clean = torch.ops.kpdeploy.packed_attention(q, k, v, *call)
+        assert not clean[:, 2 * queries :].any()
+        for tensor in (q, k, v):
+            tensor[:, queries:] = torch.nan
+        out = torch.ops.kpdeploy.packed_attention(q, k, v, *call)
+        assert torch.equal(out[:, :queries], clean[:, :queries])
+        assert out[:, queries : 2 * queries].isnan().all()
+        assert not out[:, 2 * queries :].any()
+
+
+@CALLS
+def test_offsets_out_of_range_read_and_write_nothing_else(queries: int, heads: int, size: int, gpu: None) -> None:
+    for dtype in DTYPES.values():
+        q, k, v = torch.randn(3, 1, 2 * queries, heads * size, device="cuda", dtype=dtype)
+        wrong = torch.tensor([-(1 << 40), queries, 1 << 40, -5], device="cuda")
+        torch.ops.kpdeploy.packed_attention(q, k, v, wrong, heads, heads, 0.2, False)
+        beyond = torch.tensor([0, queries, 1 << 40], device="cuda")
+        out = torch.ops.kpdeploy.packed_attention(q, k, v, beyond, heads, heads, 0.2, False)
+        within = torch.tensor([0, queries, 2 * queries], device="cuda")
+        assert torch.equal(out, torch.ops.kpdeploy.packed_attention(q, k, v, within, heads, heads, 0.2, False))
 
 
 X, W = torch.ones(4, 8), torch.ones(6, 8)

@@ -60,6 +60,18 @@ def test_a_batch_gives_each_row_what_it_gets_alone() -> None:
         assert torch.equal(call("attention", alone)[0], whole[row : row + 1])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_give_each_what_it_gets_alone(causal: bool) -> None:
+    q, k, v = torch.randn(3, 1, 700, 64)
+    k[0, 640:], v[0, 640:] = NAN, NAN  # beyond the last sequence
+    ends = torch.tensor([0, 40, 40, 41, 300, 640])
+    (whole,) = call("packed_attention", (q, k, v, ends, 2, 2, 0.2, causal), threads=3)
+    for first, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+        alone = (q[:, first:end], k[:, first:end], v[:, first:end], None, 2, 2, 0.2, causal)
+        assert error(whole[:, first:end], call("attention", alone)[0]) < 2e-7
+    assert not whole[:, 640:].any()
+
+
 def test_keys_beyond_the_length_are_not_read() -> None:
     q, k, v = torch.randn(3, 2, 40, 64)
     lengths = torch.tensor([40, 11])
@@ -90,6 +102,7 @@ def test_large_rows(shape: tuple[int, int]) -> None:
 
 X, W, B = np.ones((4, 8), np.float32), np.ones((6, 8), np.float32), np.ones(6, np.float32)
 Q = np.ones((2, 3, 8), np.float32)
+P = Q[:1]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +135,17 @@ Q = np.ones((2, 3, 8), np.float32)
         ("attention", (Q, Q, Q, np.array([1, 4]), 2, 2, 1.0, False, Q.copy()), "lengths[1] is 4, with 3 keys"),
         ("attention", (Q, Q, Q, np.array([1]), 2, 2, 1.0, False, Q.copy()), "lengths has not the shape [2]"),
         ("attention", (Q, Q, Q, np.array([1, 2], np.int32), 2, 2, 1.0, False, Q.copy()), "lengths is not int64"),
+        ("packed_attention", (Q, Q, Q, np.array([0, 3]), 2, 2, 1.0, False, Q.copy()), "query is [2, 3, 8], and key"),
+        ("packed_attention", (P, P[:, :2], P[:, :2], np.array([0]), 2, 2, 1.0, False, P.copy()), "with as many rows"),
+        (
+            "packed_attention",
+            (P, P, P, np.array([0, 7]), 2, 2, 1.0, False, P.copy()),
+            "offsets[1] is 7, after 0 and with 3",
+        ),
+        ("packed_attention", (P, P, P, np.array([0, 2, 1]), 2, 2, 1.0, False, P.copy()), "offsets[2] is 1, after 2"),
+        ("packed_attention", (P, P, P, np.array([1, 2]), 2, 2, 1.0, False, P.copy()), "offsets[0] is 1, not 0"),
+        ("packed_attention", (P, P, P, np.array([], np.int64), 2, 2, 1.0, False, P.copy()), "shape [sequences + 1]"),
+        ("packed_attention", (P, P, P, np.array([0], np.int32), 2, 2, 1.0, False, P.copy()), "offsets is not int64"),
     ],
 )
 def test_wrong_use_is_one_clear_error(op: str, arguments: tuple[Any, ...], message: str) -> None:

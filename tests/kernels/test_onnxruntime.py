@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
+from kpdeploy.export.custom_ops import define
 from kpdeploy.ops import OPS, calls
 from kpdeploy.ops.cases import Case, all_cases, cases_of, error, to_dtype, tolerance
 
@@ -33,6 +37,18 @@ def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype, onnx_library:
         session = calls.onnx_session(calls.onnx_model(OPS[name], arguments, constant=constant), onnx_library)
         for out, ref in zip(calls.through_onnxruntime(OPS[name], arguments, session), wanted, strict=True):
             assert error(out, ref) <= tolerance("kpdeploy", str(dtype).removeprefix("torch."), what)
+
+
+@pytest.mark.parametrize("case", cases_of("packed_attention"), ids=lambda case: case[1])
+def test_the_function_of_packed_attention_stands_in_for_its_kernel(case: Case) -> None:
+    name, what, arguments = case
+    dense = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
+    model = onnx_ir.serde.deserialize_model(onnx.load_from_string(calls.onnx_model(OPS[name], dense)))
+    define(model)
+    session = onnxruntime.InferenceSession(onnx_ir.serde.serialize_model(model).SerializeToString())
+    (out,) = session.run(None, {f"i{index}": tensor.numpy() for index, tensor in enumerate(dense[:4])})
+    limit = tolerance("kpdeploy", "float32", what)
+    assert error(torch.from_numpy(out), calls.reference(OPS[name], arguments)[0]) <= limit
 
 
 X, W = torch.ones(4, 8), torch.ones(6, 8)
@@ -60,6 +76,14 @@ X, W = torch.ones(4, 8), torch.ones(6, 8)
         ("attention", (X[None], X[None], X[None], None, 3, 3, 1.0, False), "its last dim is not 3 heads"),
         ("attention", (X, X, X, None, 2, 2, 1.0, False), "query has 2 dims, not at least 3"),
         ("attention", (X[None], X[None], X[None], torch.tensor([5]), 2, 2, 1.0, False), "lengths[0] is 5, with 4"),
+        (
+            "packed_attention",
+            (X[None], X[None], X[None], torch.tensor([0, 5]), 2, 2, 1.0, False),
+            "offsets[1] is 5, after",
+        ),
+        ("packed_attention", (X[None], X[None], X[None], torch.tensor([0]).int(), 2, 2, 1.0, False), "tensor(int32)"),
+        ("packed_attention", (X[None], X[None], X[None], torch.tensor([0])[1:], 2, 2, 1.0, False), "[sequences + 1]"),
+        ("packed_attention", (X[None], X[None], X[None], None, 2, 2, 1.0, False), "input 3 is marked single but"),
     ],
 )
 def test_wrong_use_is_one_clear_error(name: str, arguments: tuple[Any, ...], message: str, onnx_library: str) -> None:

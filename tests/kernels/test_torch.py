@@ -71,6 +71,8 @@ class Block(torch.nn.Module):
         ops = torch.ops.kpdeploy
         h = ops.layer_norm(x, self.ones, None, 1e-5)
         a = ops.attention(h, h, h, lengths, 2, 2, 0.18, True)
+        packed, offsets = a.reshape(1, -1, 64), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        a = a + ops.packed_attention(packed, packed, packed, offsets, 2, 2, 0.18, True).reshape(a.shape)
         a, s = ops.add_rms_norm(ops.linear_activation(a, self.w, self.ones, "gelu"), x, self.ones, 1e-6)
         m = ops.linear_activation(ops.gated_linear(a, self.gate, self.up), self.down, None, "none")
         n, s = ops.add_layer_norm(m, s, self.ones, self.ones, 1e-5)
@@ -193,6 +195,12 @@ X, W = torch.ones(4, 8), torch.ones(6, 8)
         ("attention", (X[None], X[None], X[None], torch.ones(1), 2, 2, 1.0, False), "lengths is not int64"),
         ("attention", (X[None], X[None], X[None], torch.tensor([-1]), 2, 2, 1.0, False), "lengths[0] is -1, with 4"),
         ("attention", (X[None], X[None], X[None], None, 0, 0, 1.0, False), "heads is 0, not a multiple of"),
+        ("packed_attention", (X[None], X[None], X[None], None, 2, 2, 1.0, False), "offsets is missing"),
+        (
+            "packed_attention",
+            (X[None], X[None], X[None], torch.tensor([0, 5]), 2, 2, 1.0, False),
+            "offsets[1] is 5, after",
+        ),
         ("add_layer_norm", (X, X[:1], X[0], None, 1e-5), "residual is [1, 8], and x is [4, 8]"),
         ("attention", (X, X, X, None, 2, 2, 1.0, False), "query has 2 dims, not at least 3"),
         ("attention", (X[None], X[None], X[None], torch.tensor([5]), 2, 2, 1.0, False), "lengths[0] is 5, with 4"),

@@ -210,7 +210,7 @@ def test_explain_tells_where_a_call_ends_in_an_error(run: Run) -> None:
     ("words", "kind", "said"),
     [
         (("linear-activaton",), UnknownName, "did you mean 'linear_activation'?"),
-        (("frobnicate",), UnknownName, "use one of attention, linear_activation"),
+        (("frobnicate",), UnknownName, "use one of attention, packed_attention, linear_activation"),
         (("rms_norm", "--dtype", "f23"), UnknownName, "did you mean 'f32'?"),
         (("rms_norm", "--dtype", "int8"), UnknownName, "use one of f32, bf16, f16"),
         (("rms_norm", "--device", "cud"), UnknownName, "did you mean 'cuda'?"),
