@@ -113,6 +113,18 @@ Tensor gpu_tensor(const char* name, const kpdeploy_tensor* tensor, int dtype, in
   return checked(name, tensor, least_rank);
 }
 
+const float* gpu_scales(const char* name, const kpdeploy_tensor* tensor, int64_t count, const Tensor& like, bool* each) {
+  const Tensor t = gpu_tensor(name, tensor, KPDEPLOY_F32, 0, &like);
+  int64_t dense = 1;
+  for (int i = t.rank - 1; i >= 0; dense *= t.size(i--))
+    if (t.size(i) > 1 && t.stride(i) != dense) refuse("%s is not contiguous", name);
+  const bool one = t.numel() == 1;
+  if (each) *each = !one;
+  if (one || (each && t.numel() == count)) return reinterpret_cast<const float*>(t.data);
+  if (!each) refuse("%s is %s: one element fits", name, t.shape().c_str());
+  refuse("%s is %s: one element, or %lld, fit", name, t.shape().c_str(), (long long)count);
+}
+
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like) {
   if (tensor) same_device(name, *tensor, like);
   const Tensor t = floats(name, tensor, least_rank);

@@ -59,6 +59,8 @@ Tensor floats(const char* name, const kpdeploy_tensor* tensor, int least_rank);
 // A tensor on a GPU of this dtype, for kernels that are only there; its last dim contiguous. `like`: on whose device.
 Tensor gpu_tensor(const char* name, const kpdeploy_tensor* tensor, int dtype, int least_rank,
                   const Tensor* like = nullptr);
+// Scales on the GPU of `like`: float32, of one element, or where `each` can say so of `count`, side by side.
+const float* gpu_scales(const char* name, const kpdeploy_tensor* tensor, int64_t count, const Tensor& like, bool* each);
 // As `floats`, with the dtype and on the device of `like`.
 Tensor floats_like(const char* name, const kpdeploy_tensor* tensor, int least_rank, const Tensor& like);
 // A vector [n] of the dtype of `like`; null where the pointer is.

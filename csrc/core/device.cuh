@@ -184,9 +184,54 @@ void launch(void (*kernel)(Argument, More...), int64_t blocks, int threads, size
   check_cuda(cudaGetLastError());
 }
 
+// A kernel of launch_clusters may begin while the one before it in the stream runs: to be called before memory that
+// another kernel may have written, or may still read, is touched. Nothing before compute capability 9.0.
+__device__ inline void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+__device__ inline void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// From compute capability 9.0 on.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
+                     void* stream, const Arguments&... arguments) {
+  if (shared_bytes > 48 << 10)
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+struct Gpu {
+  int index, capability, processors;
+  const char* name;
+};
+
+// The current device.
+Gpu current_gpu();
+
 // The entries of the table, from linear.cu, norm.cu and attention.cu; cuda.cu gathers them.
 template <class T>
 void norm(const CudaNorm& a, void* stream);
+template <class T>
+void quantize(const CudaQuantize& a, void* stream);
 template <class T>
 void linear(const CudaLinear& a, void* stream);
 void fp8_linear(const CudaLinear& a, void* stream);

@@ -15,11 +15,20 @@ struct Walk {
 
 struct CudaNorm {
   Walk x, residual, normalized, sum;  // residual and sum: only where it adds
+  Walk quantized;                     // of 8-bit floats: only with out_scale
   const void* weight;
-  const void* bias;  // null: none
+  const void* bias;        // null: none
+  const float* out_scale;  // null: nothing is quantized
   int64_t rows, n;
   float eps;
   bool rms, adds;
+};
+
+struct CudaQuantize {
+  Walk x;
+  char* out;  // dense
+  const float* scale;
+  int64_t rows, n;
 };
 
 // [n][k], rows `stride` elements apart.
@@ -35,9 +44,9 @@ struct CudaLinear {
   int64_t rows, n, k;
   int activation;
   bool gated;
-  // Only where x and weight are of 8 bits: the scale of each, one or one a row; null out_scale: out is bfloat16.
-  const float *x_scale, *weight_scale, *out_scale;
-  bool x_scale_rows, weight_scale_rows;
+  // Only where x and weights are of 8 bits: the scale of each, one or one a row; null out_scale: out is bfloat16.
+  const float *x_scale, *weight_scale, *gate_scale, *out_scale;
+  bool x_scale_rows, weight_scale_rows, gate_scale_rows;
 };
 
 // [batch][row][heads * head_size], strides in elements.
@@ -60,6 +69,7 @@ struct CudaAttention {
 // Indexed by kpdeploy_dtype: F32, BF16, F16. Each queues one kernel on the stream, or throws a Refusal.
 struct CudaKernels {
   void (*norm[3])(const CudaNorm&, void* stream);
+  void (*quantize[3])(const CudaQuantize&, void* stream);
   void (*linear[3])(const CudaLinear&, void* stream);
   void (*fp8_linear)(const CudaLinear&, void* stream);
   void (*attention[3])(const CudaAttention&, void* stream);

@@ -117,11 +117,6 @@ __device__ inline void send(uint32_t to, uint32_t barrier, int rank, float a, fl
       : "memory");
 }
 
-// A kernel of launch_clusters may begin while the one before it in the stream runs: to be called before memory that
-// another kernel may have written, or may still read, is touched.
-__device__ inline void wait_for_earlier_kernels() { asm volatile("griddepcontrol.wait;\n" ::: "memory"); }
-__device__ inline void let_next_kernel_begin() { asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory"); }
-
 // To the second cache, where a later write still finds it: allowed before wait_for_earlier_kernels.
 __device__ inline void prefetch(const void* line) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line) : "memory"); }
 __device__ inline void prefetch_box(const CUtensorMap& map, int column, int row) {
@@ -144,24 +139,5 @@ __device__ inline void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint
 // of box_rows x 128 bytes, swizzled by 128 bytes; what lies outside reads as 0.
 CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int item_bytes, int64_t rows, int64_t columns,
                        int64_t stride, int box_rows);
-
-template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
-                     void* stream, const Arguments&... arguments) {
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
-  check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
-}
 
 }  // namespace kpdeploy

@@ -44,8 +44,8 @@ constexpr bool kIsF8 = std::is_same_v<T, f8>;
 // What becomes of a sum: scaled (8-bit x and weight only), biased, activated, scaled for an 8-bit out.
 struct Finish {
   const void* bias;
-  const float *x_scale, *weight_scale, *out_scale;
-  int x_scale_step, weight_scale_step;  // 0: one for all
+  const float *x_scale, *weight_scale, *gate_scale, *out_scale;
+  int x_scale_step, weight_scale_step, gate_scale_step;  // 0: one for all
   // v / (1 + 2^(v (c0 + c1 v^2 + ...))), or v / 2 (1 + tanh(v (half0 + half1 v^2 + ...))), v^2 up to `most` in the
   // polynomials; else max(v, least).
   bool smooth;
@@ -60,6 +60,8 @@ Finish finish_of(const CudaLinear& a) {
   f.out_scale = a.out_scale;
   f.x_scale_step = a.x_scale_rows;
   f.weight_scale_step = a.weight_scale_rows;
+  f.gate_scale = a.gate_scale;
+  f.gate_scale_step = a.gate_scale_rows;
   f.least = a.activation == KPDEPLOY_RELU ? 0 : -INFINITY;
   f.most = 1e4f;
   const int activation = a.gated ? static_cast<int>(KPDEPLOY_SILU) : a.activation;
@@ -298,6 +300,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int column = at.y + in_group + i * 128;
         const bool there = column < g.columns;
         bias[i] = !kGated && f.bias && there ? to_float(static_cast<const BiasOf<T>*>(f.bias)[column]) : 0;
+        if constexpr (kGated && kIsF8<T>) bias[i] = there ? f.gate_scale[column * f.gate_scale_step] : 0;  // in its place
         if constexpr (kIsF8<T>) scale[i] = there ? f.weight_scale[column * f.weight_scale_step] : 0;
       }
       if constexpr (kIsF8<T>)
@@ -349,7 +352,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         float2 v{sums[block * 4 + half * 2], sums[block * 4 + half * 2 + 1]};
         const int column = (kGated ? block % (S::kOut / 8) : block) * 8 + lane % 4 * 2;
         if constexpr (kIsF8<T>) {
-          const float2 by = *reinterpret_cast<const float2*>(own + S::kOut + column);
+          const float2 by =
+              *reinterpret_cast<const float2*>(own + (kGated && block < S::kOut / 8 ? 0 : S::kOut) + column);
           v.x *= by.x * row_scales[half];
           v.y *= by.y * row_scales[half];
         }
@@ -536,6 +540,10 @@ __global__ void __launch_bounds__(kFewThreads)
       }
       if constexpr (kGated) {
         float c = v[S::kWeights - 1][h], d = v[S::kWeights - 1][h + 1];
+        if constexpr (kIsF8<T>) {
+          c *= row_scale * f.gate_scale[first * f.gate_scale_step];
+          d *= row_scale * f.gate_scale[second * f.gate_scale_step];
+        }
         activate<true, kExact<Out>>(f, c, d);
         a *= c;
         b *= d;
@@ -759,14 +767,30 @@ bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
 template bool hopper_linear<bf16>(const CudaLinear&, int, void*);
 template bool hopper_linear<f16>(const CudaLinear&, int, void*);
 
-bool hopper_fp8_linear(const CudaLinear& a, int processors, void* stream) {
-  const bool quantized = a.out_scale != nullptr;
-  if (quantized ? !fits<f8, f8>(a) : !fits<f8, bf16>(a)) return false;
-  if (a.rows <= 16)
-    quantized ? run_few<f8, f8, 16, false>(a, processors, stream) : run_few<f8, bf16, 16, false>(a, processors, stream);
-  else
-    quantized ? run_widest<f8, f8>(a, processors, stream) : run_widest<f8, bf16>(a, processors, stream);
+namespace {
+
+template <class Out>
+bool fp8_linear_as(const CudaLinear& a, int processors, void* stream) {
+  if (!fits<f8, Out>(a)) return false;
+  if (a.gated) {
+    if (a.rows <= 16)
+      run_few<f8, Out, 16, true>(a, processors, stream);
+    else if (a.rows <= 64)
+      run_few<f8, Out, 64, true>(a, processors, stream);
+    else
+      run_tiles<f8, Out, 256, true>(a, processors, stream);
+  } else if (a.rows <= 16) {
+    run_few<f8, Out, 16, false>(a, processors, stream);
+  } else {
+    run_widest<f8, Out>(a, processors, stream);
+  }
   return true;
+}
+
+}  // namespace
+
+bool hopper_fp8_linear(const CudaLinear& a, int processors, void* stream) {
+  return a.out_scale ? fp8_linear_as<f8>(a, processors, stream) : fp8_linear_as<bf16>(a, processors, stream);
 }
 
 }  // namespace kpdeploy

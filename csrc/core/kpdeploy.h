@@ -100,6 +100,13 @@ int kpdeploy_fp8_linear_activation(const kpdeploy_context* context, const kpdepl
                                    const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
                                    const kpdeploy_tensor* out_scale, int activation, const kpdeploy_tensor* out);
 
+/* SiLU(x Wg^T) * (x Wu^T) of 8-bit x and weights, with the scales of each and what out may be as above. */
+int kpdeploy_fp8_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                              const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight,
+                              const kpdeploy_tensor* x_scale, const kpdeploy_tensor* gate_scale,
+                              const kpdeploy_tensor* up_scale, const kpdeploy_tensor* out_scale,
+                              const kpdeploy_tensor* out);
+
 /* Only the checks, for callers that have a library multiply. */
 int kpdeploy_check_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                      const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation);
@@ -146,6 +153,28 @@ int kpdeploy_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tens
 int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* residual,
                           const kpdeploy_tensor* weight, double eps, const kpdeploy_tensor* normalized,
                           const kpdeploy_tensor* sum);
+
+/* x [..., N] of any float dtype over scale (float32, one element), saturated, as float8_e4m3fn; out is dense. On a GPU
+ * only. */
+int kpdeploy_fp8_quantize(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* scale,
+                          const kpdeploy_tensor* out);
+
+/* The norms, with the result quantized too: as float8_e4m3fn of the unrounded norm over out_scale. On a GPU only. */
+int kpdeploy_fp8_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                            const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
+                            const kpdeploy_tensor* normalized, const kpdeploy_tensor* quantized);
+int kpdeploy_fp8_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                          double eps, const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
+                          const kpdeploy_tensor* quantized);
+int kpdeploy_fp8_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                const kpdeploy_tensor* residual, const kpdeploy_tensor* weight,
+                                const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
+                                const kpdeploy_tensor* normalized, const kpdeploy_tensor* sum,
+                                const kpdeploy_tensor* quantized);
+int kpdeploy_fp8_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                              const kpdeploy_tensor* residual, const kpdeploy_tensor* weight, double eps,
+                              const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
+                              const kpdeploy_tensor* sum, const kpdeploy_tensor* quantized);
 
 /* The activation of a name (none, relu, gelu, gelu_tanh, silu), or -1. */
 int kpdeploy_activation_of(const char* name);

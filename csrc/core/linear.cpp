@@ -234,6 +234,36 @@ void multiply(const kpdeploy_context* context, const Linear& l) {
 
 constexpr Weight kNoWeight{-1, 0, nullptr, nullptr};
 
+// What products of 8-bit floats share, checked.
+struct Fp8Linear {
+  Tensor x, weight, out;
+  CudaLinear asked;
+};
+
+Fp8Linear fp8_linear_of(const char* weight_name, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                        const kpdeploy_tensor* x_scale, const char* scale_name, const kpdeploy_tensor* weight_scale,
+                        const kpdeploy_tensor* out_scale, const kpdeploy_tensor* out) {
+  const Tensor a = gpu_tensor("x", x, KPDEPLOY_F8, 1), w = gpu_tensor(weight_name, weight, KPDEPLOY_F8, 2, &a);
+  if (w.rank != 2 || w.size(1) != a.size(-1))
+    refuse("%s is %s, which does not fit x %s", weight_name, w.shape().c_str(), a.shape().c_str());
+  const Tensor o = gpu_tensor("out", out, out_scale ? KPDEPLOY_F8 : KPDEPLOY_BF16, 1, &a);
+  bool fits = o.rank == a.rank && o.size(-1) == w.size(0);
+  for (int i = 0; fits && i < a.rank - 1; ++i) fits = o.size(i) == a.size(i);
+  if (!fits) refuse("out is %s, which does not fit x %s", o.shape().c_str(), a.shape().c_str());
+  const Rows rows(a), outs(o);
+  CudaLinear c{};
+  c.x_scale = gpu_scales("x_scale", x_scale, rows.count(), a, &c.x_scale_rows);
+  c.weight_scale = gpu_scales(scale_name, weight_scale, w.size(0), a, &c.weight_scale_rows);
+  if (out_scale) c.out_scale = gpu_scales("out_scale", out_scale, 1, a, nullptr);
+  c.x = rows.walk();
+  c.out = outs.walk();
+  c.weight = {w.data, w.stride(0)};
+  c.rows = rows.count();
+  c.n = w.size(0);
+  c.k = w.size(1);
+  return {a, w, o, c};
+}
+
 }  // namespace
 }  // namespace kpdeploy
 
@@ -262,46 +292,33 @@ int kpdeploy_fp8_linear_activation(const kpdeploy_context* context, const kpdepl
                                    const kpdeploy_tensor* out_scale, int activation, const kpdeploy_tensor* out) {
   return guarded(context, "fp8_linear_activation", [&] {
     check_activation(activation);
-    const Tensor a = gpu_tensor("x", x, KPDEPLOY_F8, 1);
-    const Tensor w = gpu_tensor("weight", weight, KPDEPLOY_F8, 2, &a);
-    if (w.rank != 2 || w.size(1) != a.size(-1))
-      refuse("weight is %s, which does not fit x %s", w.shape().c_str(), a.shape().c_str());
-    const Tensor o = gpu_tensor("out", out, out_scale ? KPDEPLOY_F8 : KPDEPLOY_BF16, 1, &a);
-    bool fits = o.rank == a.rank && o.size(-1) == w.size(0);
-    for (int i = 0; fits && i < a.rank - 1; ++i) fits = o.size(i) == a.size(i);
-    if (!fits) refuse("out is %s, which does not fit x %s", o.shape().c_str(), a.shape().c_str());
-    const Rows rows(a), outs(o);
-    CudaLinear c{};
-    // One scale for all, or one a row: as many elements, side by side.
-    const auto scales = [&](const char* name, const kpdeploy_tensor* tensor, int64_t count, bool* each) {
-      const Tensor t = gpu_tensor(name, tensor, KPDEPLOY_F32, 0, &a);
-      int64_t dense = 1;
-      for (int i = t.rank - 1; i >= 0; dense *= t.size(i--))
-        if (t.size(i) > 1 && t.stride(i) != dense) refuse("%s is not contiguous", name);
-      *each = t.numel() != 1;
-      if (*each && t.numel() != count)
-        refuse("%s is %s: one element, or %lld, fit", name, t.shape().c_str(), (long long)count);
-      return reinterpret_cast<const float*>(t.data);
-    };
-    bool none = false;
-    c.x_scale = scales("x_scale", x_scale, rows.count(), &c.x_scale_rows);
-    c.weight_scale = scales("weight_scale", weight_scale, w.size(0), &c.weight_scale_rows);
-    if (out_scale) c.out_scale = scales("out_scale", out_scale, 1, &none);
+    const Fp8Linear l = fp8_linear_of("weight", x, weight, x_scale, "weight_scale", weight_scale, out_scale, out);
+    CudaLinear c = l.asked;
     if (bias) {
-      const Tensor b = gpu_tensor("bias", bias, KPDEPLOY_BF16, 1, &a);
-      if (b.rank != 1 || b.size(0) != w.size(0))
-        refuse("bias is %s; [%lld] fits weight", b.shape().c_str(), (long long)w.size(0));
+      const Tensor b = gpu_tensor("bias", bias, KPDEPLOY_BF16, 1, &l.x);
+      if (b.rank != 1 || b.size(0) != c.n)
+        refuse("bias is %s; [%lld] fits weight", b.shape().c_str(), (long long)c.n);
       c.bias = b.data;
     }
-    if (o.numel() == 0) return;
-    c.x = rows.walk();
-    c.out = outs.walk();
-    c.weight = {w.data, w.stride(0)};
-    c.rows = rows.count();
-    c.n = w.size(0);
-    c.k = w.size(1);
     c.activation = activation;
-    cuda_kernels()->fp8_linear(c, context->stream);
+    if (l.out.numel() > 0) cuda_kernels()->fp8_linear(c, context->stream);
+  });
+}
+
+int kpdeploy_fp8_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                              const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight,
+                              const kpdeploy_tensor* x_scale, const kpdeploy_tensor* gate_scale,
+                              const kpdeploy_tensor* up_scale, const kpdeploy_tensor* out_scale,
+                              const kpdeploy_tensor* out) {
+  return guarded(context, "fp8_gated_linear", [&] {
+    const Fp8Linear l = fp8_linear_of("up_weight", x, up_weight, x_scale, "up_scale", up_scale, out_scale, out);
+    CudaLinear c = l.asked;
+    const Tensor gate = gpu_tensor("gate_weight", gate_weight, KPDEPLOY_F8, 2, &l.x);
+    same_sizes(gate, l.weight);
+    c.gate = {gate.data, gate.stride(0)};
+    c.gate_scale = gpu_scales("gate_scale", gate_scale, c.n, l.x, &c.gate_scale_rows);
+    c.gated = true;
+    if (l.out.numel() > 0) cuda_kernels()->fp8_linear(c, context->stream);
   });
 }
 

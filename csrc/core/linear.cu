@@ -1,9 +1,6 @@
 // linear_activation and gated_linear: tiles of x times tiles of the weight, both contiguous along K. 16-bit dtypes on
 // the tensor cores with float32 sums, float32 in plain float32. A few rows: each row of the weight is read once.
 
-#include <mutex>
-#include <vector>
-
 #include "cublaslt.h"
 #include "device.cuh"
 #include "gpu_choice.h"
@@ -293,29 +290,6 @@ void multiply_any(const CudaLinear& a, void* stream) {
     multiply_tiles<T, 128, kColumns, kGated>(a, is_aligned, stream);
   else
     multiply_tiles<T, 64, 64, kGated>(a, is_aligned, stream);
-}
-
-struct Gpu {
-  int index, capability, processors;
-  const char* name;
-};
-
-// Of the current device.
-Gpu current_gpu() {
-  static std::mutex mutex;
-  static std::vector<Gpu> known;  // names live as long as the process
-  Gpu gpu{};
-  check_cuda(cudaGetDevice(&gpu.index));
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Gpu& one : known)
-    if (one.index == gpu.index) return one;
-  auto* const properties = new cudaDeviceProp;
-  check_cuda(cudaGetDeviceProperties(properties, gpu.index));
-  gpu.capability = properties->major * 10 + properties->minor;
-  gpu.processors = properties->multiProcessorCount;
-  gpu.name = properties->name;
-  known.push_back(gpu);
-  return gpu;
 }
 
 }  // namespace

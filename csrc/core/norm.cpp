@@ -13,6 +13,7 @@ struct Norm {
   const kpdeploy_tensor *x, *residual, *weight, *bias, *normalized, *sum;
   double eps;
   bool rms;
+  const kpdeploy_tensor *quantized = nullptr, *out_scale = nullptr;  // either both or none
 };
 
 void normalize(const kpdeploy_context* context, const Norm& norm) {
@@ -27,11 +28,17 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
   const Tensor sum = norm.sum ? floats_like("sum", norm.sum, 1, x) : out;
   same_sizes(residual, x);
   same_sizes(sum, x);
+  CudaNorm c{};
+  if (norm.quantized) {
+    const Tensor quantized = gpu_tensor("quantized", norm.quantized, KPDEPLOY_F8, 1, &x);
+    same_sizes(quantized, x);
+    c.quantized = Rows(quantized).walk();
+    c.out_scale = gpu_scales("out_scale", norm.out_scale, 1, x, nullptr);
+  }
   if (x.numel() == 0) return;
 
   const Rows x_rows(x), residual_rows(residual), out_rows(out), sum_rows(sum);
   if (x.on_gpu()) {
-    CudaNorm c{};
     c.x = x_rows.walk();
     c.residual = residual_rows.walk();
     c.normalized = out_rows.walk();
@@ -71,11 +78,19 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
   });
 }
 
+void normalize_and_quantize(const kpdeploy_context* context, const Norm& norm) {
+  if (norm.x && norm.x->device == KPDEPLOY_CPU)
+    refuse_unsupported("x is on the CPU, and this op has kernels for GPUs");
+  if (!norm.quantized) refuse("quantized is missing");
+  normalize(context, norm);
+}
+
 }  // namespace
 }  // namespace kpdeploy
 
 using kpdeploy::guarded;
 using kpdeploy::normalize;
+using kpdeploy::normalize_and_quantize;
 
 int kpdeploy_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
                         const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out) {
@@ -105,5 +120,67 @@ int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor
   return guarded(context, "add_rms_norm", [&] {
     if (!residual || !sum) kpdeploy::refuse("%s is missing", residual ? "sum" : "residual");
     normalize(context, {x, residual, weight, nullptr, normalized, sum, eps, true});
+  });
+}
+
+int kpdeploy_fp8_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                            const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
+                            const kpdeploy_tensor* normalized, const kpdeploy_tensor* quantized) {
+  return guarded(context, "fp8_layer_norm", [&] {
+    normalize_and_quantize(context, {x, nullptr, weight, bias, normalized, nullptr, eps, false, quantized, out_scale});
+  });
+}
+
+int kpdeploy_fp8_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                          double eps, const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
+                          const kpdeploy_tensor* quantized) {
+  return guarded(context, "fp8_rms_norm", [&] {
+    normalize_and_quantize(context, {x, nullptr, weight, nullptr, normalized, nullptr, eps, true, quantized, out_scale});
+  });
+}
+
+int kpdeploy_fp8_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                                const kpdeploy_tensor* residual, const kpdeploy_tensor* weight,
+                                const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
+                                const kpdeploy_tensor* normalized, const kpdeploy_tensor* sum,
+                                const kpdeploy_tensor* quantized) {
+  return guarded(context, "fp8_add_layer_norm", [&] {
+    if (!residual || !sum) kpdeploy::refuse("%s is missing", residual ? "sum" : "residual");
+    normalize_and_quantize(context, {x, residual, weight, bias, normalized, sum, eps, false, quantized, out_scale});
+  });
+}
+
+int kpdeploy_fp8_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x,
+                              const kpdeploy_tensor* residual, const kpdeploy_tensor* weight, double eps,
+                              const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
+                              const kpdeploy_tensor* sum, const kpdeploy_tensor* quantized) {
+  return guarded(context, "fp8_add_rms_norm", [&] {
+    if (!residual || !sum) kpdeploy::refuse("%s is missing", residual ? "sum" : "residual");
+    normalize_and_quantize(context, {x, residual, weight, nullptr, normalized, sum, eps, true, quantized, out_scale});
+  });
+}
+
+int kpdeploy_fp8_quantize(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* scale,
+                          const kpdeploy_tensor* out) {
+  using namespace kpdeploy;
+  return guarded(context, "fp8_quantize", [&] {
+    const Tensor in = floats("x", x, 1);
+    if (!in.on_gpu()) refuse_unsupported("x is on the CPU, and this op has kernels for GPUs");
+    const Tensor to = gpu_tensor("out", out, KPDEPLOY_F8, 1, &in);
+    same_sizes(to, in);
+    CudaQuantize c{};
+    c.scale = gpu_scales("scale", scale, 1, in, nullptr);
+    if (in.numel() == 0) return;
+    const Rows rows(in), outs(to);
+    c.x = rows.walk();
+    c.out = to.data;
+    c.rows = rows.count();
+    c.n = in.size(-1);
+    if (c.rows > 1 && outs.stride() != c.n) refuse("out is not contiguous");
+    if (c.rows > 1 && rows.stride() == c.n) {  // dense: one long row
+      c.n *= c.rows;
+      c.rows = 1;
+    }
+    cuda_kernels()->quantize[in.dtype](c, context->stream);
   });
 }

@@ -1,4 +1,9 @@
-// Layer norm and RMS norm: a warp or a block for each row, which it holds in registers as far as they go.
+// Layer norm and RMS norm: a warp or a block for each row, which it holds in registers as far as they go; and what
+// turns floats into 8-bit ones, of a norm's result or by itself.
+
+#include <cuda_fp8.h>
+
+#include <algorithm>
 
 #include "device.cuh"
 
@@ -6,7 +11,6 @@ namespace kpdeploy {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kHeld = 32;  // elements that a thread holds; of longer rows it reads the rest again
 
 // Over the threads that share a row: a warp, or all of the block.
 template <int kGroup>
@@ -23,40 +27,73 @@ __device__ float group_sum(float v) {
   return total;
 }
 
-// kVector elements in one access.
-template <class T, int kVector, int kGroup>
-__global__ void __launch_bounds__(kThreads) norm_rows(const CudaNorm a) {
-  constexpr int kChunks = kHeld / kVector;
-  const int64_t r = blockIdx.x * int64_t{kThreads / kGroup} + threadIdx.x / kGroup;
+// n elements times `by`, as 8-bit floats, at an address that is aligned to as many.
+template <int n>
+__device__ inline void store_f8(char* to, const float (&from)[n], float by) {
+  if constexpr (n == 1) {
+    *to = static_cast<char>(__nv_cvt_float_to_fp8(from[0] * by, __NV_SATFINITE, __NV_E4M3));
+  } else {
+    Vector<uint16_t, n / 2> v;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i)
+      v.item[i] = __nv_cvt_float2_to_fp8x2({from[2 * i] * by, from[2 * i + 1] * by}, __NV_SATFINITE, __NV_E4M3);
+    *reinterpret_cast<Vector<uint16_t, n / 2>*>(to) = v;
+  }
+}
+
+// kVector elements in one access; kChunks of them in registers, of longer rows the rest is read again.
+template <class T, int kVector, int kGroup, int kChunks>
+__global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ CudaNorm a) {
+  using Chunk = Vector<T, kVector>;
+  let_next_kernel_begin();
+  const int64_t r = blockIdx.x * int64_t{blockDim.x / kGroup} + threadIdx.x / kGroup;
   if (r >= a.rows) return;  // a whole warp, and none where the block shares a row
   const T* x = row_of<const T>(a.x, r);
   const T* residual = a.adds ? row_of<const T>(a.residual, r) : nullptr;
   T* sum = a.adds ? row_of<T>(a.sum, r) : nullptr;
   T* normalized = row_of<T>(a.normalized, r);
+  char* quantized = a.out_scale ? row_of<char>(a.quantized, r) : nullptr;
   const int first = threadIdx.x % kGroup;
   const int64_t chunks = a.n / kVector, rest = first + int64_t{kChunks} * kGroup;
+  const auto there = [&](int c) { return first + c * kGroup < chunks; };
 
-  const auto read = [&](int64_t chunk, float (&v)[kVector]) {
-    load(x + chunk * kVector, v);
-    if (!residual) return;
-    float other[kVector];
-    load(residual + chunk * kVector, other);
+  // All that the row needs is asked for before any of it is used.
+  wait_for_earlier_kernels();
+  Chunk own[kChunks], other[kChunks], weights[kChunks], biases[kChunks];
+  const auto ask = [&](Chunk(&to)[kChunks], const void* from) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] += other[i];
+    for (int c = 0; c < kChunks; ++c)
+      if (there(c)) to[c] = static_cast<const Chunk*>(from)[first + c * kGroup];
   };
+  ask(own, x);
+  if (residual) ask(other, residual);
+  ask(weights, a.weight);
+  if (a.bias) ask(biases, a.bias);
+  const float inverse = a.out_scale ? 1 / *a.out_scale : 1;
 
+  const auto added = [&](const Chunk& one, const Chunk& two, float (&v)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = to_float(one.item[i]) + (residual ? to_float(two.item[i]) : 0.0f);
+  };
+  const auto read = [&](int64_t chunk, float (&v)[kVector]) {
+    const Chunk one = reinterpret_cast<const Chunk*>(x)[chunk];
+    added(one, residual ? reinterpret_cast<const Chunk*>(residual)[chunk] : one, v);
+  };
   float held[kChunks][kVector], total = 0;
-  const auto take = [&](int64_t chunk, float (&v)[kVector]) {
-    read(chunk, v);
+  const auto take = [&](int64_t chunk, const float (&v)[kVector]) {
     if (sum) store(sum + chunk * kVector, v);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) total += a.rms ? v[i] * v[i] : v[i];
   };
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
-    if (first + c * kGroup < chunks) take(first + c * kGroup, held[c]);
+    if (there(c)) {
+      added(own[c], other[c], held[c]);
+      take(first + c * kGroup, held[c]);
+    }
   for (int64_t chunk = rest; chunk < chunks; chunk += kGroup) {
     float v[kVector];
+    read(chunk, v);
     take(chunk, v);
   }
 
@@ -70,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const CudaNorm a) {
     };
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      if (first + c * kGroup < chunks) add(held[c]);
+      if (there(c)) add(held[c]);
     for (int64_t chunk = rest; chunk < chunks; chunk += kGroup) {
       float v[kVector];
       read(chunk, v);
@@ -80,47 +117,107 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const CudaNorm a) {
   }
 
   const float scale = 1 / sqrtf(variance + a.eps);
-  const auto give = [&](int64_t chunk, float (&v)[kVector]) {
-    float weight[kVector], bias[kVector] = {};
-    load(static_cast<const T*>(a.weight) + chunk * kVector, weight);
-    if (a.bias) load(static_cast<const T*>(a.bias) + chunk * kVector, bias);
+  const auto give = [&](int64_t chunk, float (&v)[kVector], const Chunk& weight, const Chunk& bias) {
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = (v[i] - mean) * scale * weight[i] + bias[i];
+    for (int i = 0; i < kVector; ++i)
+      v[i] = (v[i] - mean) * scale * to_float(weight.item[i]) + (a.bias ? to_float(bias.item[i]) : 0.0f);
     store(normalized + chunk * kVector, v);
+    if (quantized) store_f8(quantized + chunk * kVector, v, inverse);
   };
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
-    if (first + c * kGroup < chunks) give(first + c * kGroup, held[c]);
+    if (there(c)) give(first + c * kGroup, held[c], weights[c], biases[c]);
   for (int64_t chunk = rest; chunk < chunks; chunk += kGroup) {
     float v[kVector];
     read(chunk, v);
-    give(chunk, v);
+    const Chunk weight = static_cast<const Chunk*>(a.weight)[chunk];
+    give(chunk, v, weight, a.bias ? static_cast<const Chunk*>(a.bias)[chunk] : weight);
   }
 }
 
-template <class T, int kVector>
-void norm_in(const CudaNorm& a, void* stream) {
-  if (a.n <= 32 * kHeld)
-    launch(norm_rows<T, kVector, 32>, (a.rows + kThreads / 32 - 1) / (kThreads / 32), kThreads, 0, stream, a);
+// kAtOnce elements of a row to a thread.
+constexpr int kAtOnce = 16;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) quantize_rows(const __grid_constant__ CudaQuantize a, const bool is_aligned) {
+  let_next_kernel_begin();
+  const int64_t parts = (a.n + kAtOnce - 1) / kAtOnce, part = blockIdx.x * int64_t{kThreads} + threadIdx.x;
+  const int64_t r = part / parts, at = part % parts * kAtOnce;
+  wait_for_earlier_kernels();
+  if (r >= a.rows) return;
+  const T* const from = row_of<const T>(a.x, r) + at;
+  char* const to = a.out + r * a.n + at;
+  const float inverse = 1 / *a.scale;
+  if (is_aligned && at + kAtOnce <= a.n) {
+    float v[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; i += kChunk<T>) {
+      const auto some = *reinterpret_cast<const Vector<T, kChunk<T>>*>(from + i);
+#pragma unroll
+      for (int j = 0; j < kChunk<T>; ++j) v[i + j] = to_float(some.item[j]);
+    }
+    return store_f8(to, v, inverse);
+  }
+  for (int i = 0; i < kAtOnce && at + i < a.n; ++i) store_f8<1>(to + i, {to_float(from[i])}, inverse);
+}
+
+// On a GPU that can, the kernel begins while the one ahead of it ends.
+template <class Kernel, class... Arguments>
+void launch_early(Kernel kernel, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  if (blocks > INT32_MAX) refuse_unsupported("the tensors are too large for one launch");
+  if (current_gpu().capability >= 90)
+    launch_clusters(kernel, static_cast<int>(blocks), 1, threads, 0, stream, arguments...);
   else
-    launch(norm_rows<T, kVector, kThreads>, a.rows, kThreads, 0, stream, a);
+    launch(kernel, blocks, threads, 0, stream, arguments...);
+}
+
+template <class T, int kVector, int kChunks>
+void norm_in(const CudaNorm& a, bool in_warp, void* stream) {
+  // A few rows are spread over the chip, a warp a block.
+  const int64_t each = std::clamp<int64_t>(a.rows / 256, 1, kThreads / 32);
+  if (in_warp)
+    launch_early(norm_rows<T, kVector, 32, kChunks>, (a.rows + each - 1) / each, static_cast<int>(each) * 32, stream, a);
+  else
+    launch_early(norm_rows<T, kVector, kThreads, kChunks>, a.rows, kThreads, stream, a);
+}
+
+// Whether rows of bytes can be written `bytes` at a time.
+bool lies_in(const Walk& walk, int64_t bytes) {
+  bool fits = reinterpret_cast<uintptr_t>(walk.data) % bytes == 0;
+  for (int i = 0; i < walk.dims; ++i) fits = fits && walk.strides[i] % bytes == 0;
+  return fits;
 }
 
 }  // namespace
 
 template <class T>
 void norm(const CudaNorm& a, void* stream) {
-  const bool chunks = a.n % kChunk<T> == 0 && aligned(a.x, sizeof(T)) && aligned(a.normalized, sizeof(T)) &&
-                      aligned(a.weight) && aligned(a.bias) &&
-                      (!a.adds || (aligned(a.residual, sizeof(T)) && aligned(a.sum, sizeof(T))));
-  if (chunks)
-    norm_in<T, kChunk<T>>(a, stream);
-  else
-    norm_in<T, 1>(a, stream);
+  constexpr int kVector = kChunk<T>, kMost = 4;
+  const bool in_chunks = a.n % kVector == 0 && aligned(a.x, sizeof(T)) && aligned(a.normalized, sizeof(T)) &&
+                         aligned(a.weight) && aligned(a.bias) &&
+                         (!a.adds || (aligned(a.residual, sizeof(T)) && aligned(a.sum, sizeof(T)))) &&
+                         (!a.out_scale || lies_in(a.quantized, kVector));
+  if (!in_chunks) return norm_in<T, 1, 8>(a, a.n <= 8 * 32, stream);
+  const bool in_warp = a.n <= kMost * 32 * kVector;
+  const int64_t at_once = (in_warp ? 32 : kThreads) * kVector, chunks = (a.n + at_once - 1) / at_once;
+  if (chunks <= 1) return norm_in<T, kVector, 1>(a, in_warp, stream);
+  if (chunks == 2) return norm_in<T, kVector, 2>(a, in_warp, stream);
+  if (chunks == 3) return norm_in<T, kVector, 3>(a, in_warp, stream);
+  norm_in<T, kVector, kMost>(a, in_warp, stream);
+}
+
+template <class T>
+void quantize(const CudaQuantize& a, void* stream) {
+  const bool is_aligned = aligned(a.x, sizeof(T)) && aligned(a.out) && (a.rows == 1 || a.n % kAtOnce == 0);
+  const int64_t parts = a.rows * ((a.n + kAtOnce - 1) / kAtOnce);
+  launch_early(quantize_rows<T>, (parts + kThreads - 1) / kThreads, kThreads, stream, a, is_aligned);
 }
 
 template void norm<float>(const CudaNorm&, void*);
 template void norm<bf16>(const CudaNorm&, void*);
 template void norm<f16>(const CudaNorm&, void*);
+template void quantize<float>(const CudaQuantize&, void*);
+template void quantize<bf16>(const CudaQuantize&, void*);
+template void quantize<f16>(const CudaQuantize&, void*);
 
 }  // namespace kpdeploy

@@ -165,11 +165,17 @@ Tensor empty(const Sizes& sizes, const Tensor& like, int32_t dtype) {
 // Of its dtype, too.
 Tensor empty(const Sizes& sizes, const Tensor& like) { return empty(sizes, like, dtype_of(like)); }
 
+Tensor dense_like(const Tensor& like, int32_t dtype) {
+  const auto sizes = like.sizes();
+  return empty(Sizes(sizes.begin(), sizes.end()), like, dtype);
+}
+
 Tensor dense_like(const Tensor& like) {
   if (!like.defined()) throw std::runtime_error("kpdeploy: the first tensor is missing");
-  const auto sizes = like.sizes();
-  return empty(Sizes(sizes.begin(), sizes.end()), like);
+  return dense_like(like, dtype_of(like));
 }
+
+Tensor dense_f8_like(const Tensor& like) { return dense_like(like, aoti_torch_dtype_float8_e4m3fn()); }
 
 // x's sizes with the last one replaced by the rows of `weight`. Wrong ranks give sizes that the kernel refuses.
 Sizes linear_sizes(const Tensor& x, const Tensor& weight) {
@@ -295,6 +301,18 @@ Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor wei
   return out;
 }
 
+Tensor fp8_gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor x_scale, Tensor gate_scale,
+                        Tensor up_scale, Optional out_scale) {
+  make_dense(x, gate_weight, up_weight);
+  const View a(x), g(gate_weight), u(up_weight), xs(x_scale), gs(gate_scale), us(up_scale);
+  const OptionalView os(out_scale);
+  const int32_t dtype = out_scale ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_bfloat16();
+  Tensor out = empty(linear_sizes(x, up_weight), x, dtype);
+  const View o(out);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_gated_linear(c, a, g, u, xs, gs, us, os, o); });
+  return out;
+}
+
 Tensor gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) {
   make_dense(x, gate_weight, up_weight);
   const View a(x), g(gate_weight), u(up_weight);
@@ -348,6 +366,52 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
   return {normalized, sum};
 }
 
+Tensor fp8_quantize(Tensor x, Tensor scale) {
+  make_dense(x);
+  Tensor out = dense_f8_like(x);
+  const View a(x), s(scale), o(out);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_quantize(c, a, s, o); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> fp8_layer_norm(Tensor x, Tensor weight, Optional bias, double eps, Tensor out_scale) {
+  make_dense(x, weight);
+  make_dense(bias);
+  Tensor normalized = dense_like(x), quantized = dense_f8_like(x);
+  const View a(x), w(weight), os(out_scale), n(normalized), q(quantized);
+  const OptionalView b(bias);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_layer_norm(c, a, w, b, eps, os, n, q); });
+  return {normalized, quantized};
+}
+
+std::tuple<Tensor, Tensor> fp8_rms_norm(Tensor x, Tensor weight, double eps, Tensor out_scale) {
+  make_dense(x, weight);
+  Tensor normalized = dense_like(x), quantized = dense_f8_like(x);
+  const View a(x), w(weight), os(out_scale), n(normalized), q(quantized);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_rms_norm(c, a, w, eps, os, n, q); });
+  return {normalized, quantized};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fp8_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Optional bias, double eps,
+                                                      Tensor out_scale) {
+  make_dense(x, residual, weight);
+  make_dense(bias);
+  Tensor normalized = dense_like(x), sum = dense_like(x), quantized = dense_f8_like(x);
+  const View a(x), r(residual), w(weight), os(out_scale), n(normalized), s(sum), q(quantized);
+  const OptionalView b(bias);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_add_layer_norm(c, a, r, w, b, eps, os, n, s, q); });
+  return {normalized, sum, quantized};
+}
+
+std::tuple<Tensor, Tensor, Tensor> fp8_add_rms_norm(Tensor x, Tensor residual, Tensor weight, double eps,
+                                                    Tensor out_scale) {
+  make_dense(x, residual, weight);
+  Tensor normalized = dense_like(x), sum = dense_like(x), quantized = dense_f8_like(x);
+  const View a(x), r(residual), w(weight), os(out_scale), n(normalized), s(sum), q(quantized);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_add_rms_norm(c, a, r, w, eps, os, n, s, q); });
+  return {normalized, sum, quantized};
+}
+
 struct Op {
   const char* name;
   const char* schema;
@@ -381,6 +445,26 @@ const Op kOps[] = {
     {"add_rms_norm",
      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normalized, Tensor sum)",
      TORCH_BOX(&add_rms_norm)},
+    {"fp8_quantize", "fp8_quantize(Tensor x, Tensor scale) -> Tensor", TORCH_BOX(&fp8_quantize)},
+    {"fp8_gated_linear",
+     "fp8_gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor x_scale, Tensor gate_scale, "
+     "Tensor up_scale, Tensor? out_scale) -> Tensor",
+     TORCH_BOX(&fp8_gated_linear)},
+    {"fp8_layer_norm",
+     "fp8_layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor out_scale) -> "
+     "(Tensor normalized, Tensor quantized)",
+     TORCH_BOX(&fp8_layer_norm)},
+    {"fp8_rms_norm",
+     "fp8_rms_norm(Tensor x, Tensor weight, float eps, Tensor out_scale) -> (Tensor normalized, Tensor quantized)",
+     TORCH_BOX(&fp8_rms_norm)},
+    {"fp8_add_layer_norm",
+     "fp8_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor out_scale) -> "
+     "(Tensor normalized, Tensor sum, Tensor quantized)",
+     TORCH_BOX(&fp8_add_layer_norm)},
+    {"fp8_add_rms_norm",
+     "fp8_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor out_scale) -> "
+     "(Tensor normalized, Tensor sum, Tensor quantized)",
+     TORCH_BOX(&fp8_add_rms_norm)},
 };
 
 // Whether another copy of this library, from another path, has registered the ops in this process.

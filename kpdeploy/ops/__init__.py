@@ -13,7 +13,13 @@ from __future__ import annotations
 from kpdeploy.ops.add_layer_norm import ADD_LAYER_NORM
 from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
 from kpdeploy.ops.attention import ATTENTION
+from kpdeploy.ops.fp8_add_layer_norm import FP8_ADD_LAYER_NORM
+from kpdeploy.ops.fp8_add_rms_norm import FP8_ADD_RMS_NORM
+from kpdeploy.ops.fp8_gated_linear import FP8_GATED_LINEAR
+from kpdeploy.ops.fp8_layer_norm import FP8_LAYER_NORM
 from kpdeploy.ops.fp8_linear_activation import FP8_LINEAR_ACTIVATION
+from kpdeploy.ops.fp8_quantize import FP8_QUANTIZE
+from kpdeploy.ops.fp8_rms_norm import FP8_RMS_NORM
 from kpdeploy.ops.gated_linear import GATED_LINEAR
 from kpdeploy.ops.layer_norm import LAYER_NORM
 from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
@@ -36,7 +42,18 @@ OPS: dict[str, Op] = {
     )
 }
 
-GPU_OPS: dict[str, Op] = {op.name: op for op in (FP8_LINEAR_ACTIVATION,)}
+GPU_OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        FP8_QUANTIZE,
+        FP8_LINEAR_ACTIVATION,
+        FP8_GATED_LINEAR,
+        FP8_LAYER_NORM,
+        FP8_RMS_NORM,
+        FP8_ADD_LAYER_NORM,
+        FP8_ADD_RMS_NORM,
+    )
+}
 """Ops in torch for GPUs alone: no CPU kernel, no ONNX form, and no rewrite that makes them."""
 
 __all__ = ["GPU_OPS", "NAMESPACE", "ONNX_DOMAIN", "OPS", "Op", "register"]

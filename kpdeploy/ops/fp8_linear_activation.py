@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kpdeploy.ops import linear_activation
+from kpdeploy.ops import fp8_quantize, linear_activation
 from kpdeploy.ops.op import Op
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-LARGEST = 448.0
-"""Of float8_e4m3fn: what is beyond is given as this."""
 
 
 def reference(
@@ -37,9 +34,7 @@ def reference(
     wide_weight = weight.double() * weight_scale.double().reshape(-1, 1)
     wide_bias = None if bias is None else bias.double()
     out = linear_activation.reference(wide_x, wide_weight, wide_bias, activation)
-    if out_scale is None:
-        return out.to(torch.bfloat16)
-    return (out / out_scale.double()).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return out.to(torch.bfloat16) if out_scale is None else fp8_quantize.reference(out, out_scale)
 
 
 def fake(

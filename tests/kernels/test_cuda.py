@@ -220,10 +220,56 @@ def test_either_provider_of_a_product_gives_the_reference(provider: str, gpu: No
         assert choose(None) == 0
 
 
-def test_8_bit_floats_on_a_cpu_are_one_clear_error(registered: None) -> None:
-    x, w, one = torch.ones(4, 16).to(torch.float8_e4m3fn), torch.ones(32, 16).to(torch.float8_e4m3fn), torch.ones(1)
-    with pytest.raises(RuntimeError, match="x is on the CPU, and this op has kernels for GPUs"):
-        torch.ops.kpdeploy.fp8_linear_activation(x, w, one, one, None, None, "gelu")
+@pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "quantized"])
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "row scales"])
+@pytest.mark.parametrize("shape", [s for s in HOPPER_SHAPES if s[0] != 4096], ids=str)
+def test_gated_products_of_8_bit_floats_give_the_reference(
+    shape: tuple[int, int, int], each: bool, quantized: bool, hopper: None
+) -> None:
+    rows, k, n = (-(-size // 16) * 16 if index else size for index, size in enumerate(shape))
+    x, g, w = torch.randn(rows, k), torch.randn(n, k) * 9, torch.randn(n, k) * 9
+    scales = [(torch.rand(n) + 0.1 if each else torch.tensor([0.7])) / k**0.5 / 9 for _ in range(2)]
+    x_scale, out_scale = torch.rand(rows, 1) + 0.1 if each else torch.tensor(0.5), torch.tensor(0.05)
+    given = (*(t.to(torch.float8_e4m3fn) for t in (x, g, w)), x_scale, *scales)
+    (out,) = through_torch(GPU_OPS["fp8_gated_linear"], (*given, out_scale if quantized else None))
+    wide = tuple(t.double() for t in on_gpu(given))
+    ref = (
+        OPS["gated_linear"]
+        .reference(wide[0] * wide[3], wide[1] * wide[4].reshape(-1, 1), wide[2] * wide[5].reshape(-1, 1))
+        .cpu()
+    )
+    assert out.dtype == (torch.float8_e4m3fn if quantized else torch.bfloat16)
+    assert error(out.double() * (0.05 if quantized else 1), ref) <= (4e-2 if quantized else 6e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in GPU_OPS if name.endswith("norm")])
+def test_norms_that_quantize_give_the_reference(name: str, dtype: str, gpu: None) -> None:
+    for _, what, plain in gpu_cases(name.removeprefix("fp8_")):
+        arguments = (*to_dtype(plain, DTYPES[dtype]), torch.tensor([0.02]))
+        outs, refs = through_torch(GPU_OPS[name], arguments), expected(GPU_OPS[name], arguments)
+        assert worst(outs[:-1], refs[:-1]) <= tolerance("kpdeploy", dtype, what), what
+        # Float32 and float64 differ where two 8-bit floats are as near.
+        assert outs[-1].dtype == torch.float8_e4m3fn
+        assert error(outs[-1].double(), refs[-1].double()) <= 5e-3, what
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantizing_gives_the_reference(dtype: str, gpu: None) -> None:
+    torch.manual_seed(7)
+    wide = torch.randn(33, 104)
+    inputs = [torch.randn(shape) for shape in ((1,), (3, 7), (2, 5, 16), (70, 65), (0, 8), (515, 768), (1, 100_003))]
+    inputs += [wide[:, :96], wide[:, 1:], torch.randn(4, 6, 48).transpose(0, 1), wide[:1].expand(5, 104)]
+    op, scale = GPU_OPS["fp8_quantize"], torch.tensor(0.3)
+    for plain in inputs:
+        (x,) = to_dtype((plain,), DTYPES[dtype])
+        (out,) = through_torch(op, (x, scale))
+        assert out.is_contiguous()
+        assert error(out.double(), op.reference(x, scale).double()) <= 5e-3, x.shape
+    x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e4, -1e4, 0.0], dtype=DTYPES[dtype])
+    found = through_torch(op, (x, scale))[0].double()
+    assert found[0].isnan()
+    assert found[1:].tolist() == [448, -448, 448, -448, 0]
 
 
 def tuple_of(value: Any) -> tuple[torch.Tensor, ...]:

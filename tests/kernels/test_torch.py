@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpdeploy.ops import OPS, calls
+from kpdeploy.ops import GPU_OPS, OPS, calls
 from kpdeploy.ops.cases import Case, all_cases, cases_of, error, to_dtype, tolerance
 from kpdeploy.ops.providers import chosen
 
@@ -47,9 +47,35 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(op_of(name), one_of(name))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", [*OPS, *GPU_OPS])
 def test_the_library_has_the_schema_of_the_table(name: str) -> None:
-    assert str(op_of(name)._schema) == f"kpdeploy::{OPS[name].schema}"
+    assert str(op_of(name)._schema) == f"kpdeploy::{(OPS | GPU_OPS)[name].schema}"
+
+
+def calls_of_8_bits() -> dict[str, tuple[Any, ...]]:
+    """A call of each op that is for GPUs alone, with tensors of the CPU."""
+    x, one = torch.randn(3, 5, 32), torch.tensor([0.5])
+    x8, w8 = x.to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
+    return {
+        "fp8_quantize": (x, one),
+        "fp8_linear_activation": (x8, w8, one, one, None, one, "gelu"),
+        "fp8_gated_linear": (x8, w8, w8, one, one, one, None),
+        "fp8_layer_norm": (x, x[0, 0], None, 1e-5, one),
+        "fp8_rms_norm": (x, x[0, 0], 1e-5, one),
+        "fp8_add_layer_norm": (x, x, x[0, 0], x[0, 1], 1e-5, one),
+        "fp8_add_rms_norm": (x, x, x[0, 0], 1e-5, one),
+    }
+
+
+@pytest.mark.parametrize("name", GPU_OPS)
+def test_an_op_for_gpus_has_a_reference_like_its_fake_and_refuses_the_cpu(name: str) -> None:
+    arguments = calls_of_8_bits()[name]
+    outs, fakes = (each(*arguments) for each in (GPU_OPS[name].reference, GPU_OPS[name].fake))
+    for out, fake in zip(*(v if isinstance(v, tuple) else (v,) for v in (outs, fakes)), strict=True):
+        assert (out.shape, out.dtype, out.is_contiguous()) == (fake.shape, fake.dtype, True)
+        assert out.float().isfinite().all()
+    with pytest.raises(RuntimeError, match="x is on the CPU, and this op has kernels for GPUs"):
+        op_of(name)(*arguments)
 
 
 def test_a_last_dim_that_is_not_contiguous_is_copied() -> None:

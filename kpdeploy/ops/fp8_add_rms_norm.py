@@ -1,0 +1,39 @@
+"""fp8_add_rms_norm: the residual sum, its RMS norm over the last dim, and that as 8-bit floats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kpdeploy.ops import add_rms_norm, fp8_quantize
+from kpdeploy.ops.op import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def reference(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(add_rms_norm(sum), sum, add_rms_norm(sum) / out_scale as float8_e4m3fn), sum = x + residual, all [..., N].
+
+    The norm is of the unrounded sum, and what is quantized is the unrounded norm. out_scale is float32, one element.
+    """
+    normalized, total = add_rms_norm.reference(x.double(), residual, weight, eps)
+    return normalized.to(x.dtype), total.to(x.dtype), fp8_quantize.reference(normalized, out_scale)
+
+
+def fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), fp8_quantize.fake(x, out_scale)
+
+
+FP8_ADD_RMS_NORM = Op(
+    name="fp8_add_rms_norm",
+    schema="fp8_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor out_scale) -> "
+    "(Tensor normalized, Tensor sum, Tensor quantized)",
+    onnx="",
+    reference=reference,
+    fake=fake,
+    onnx_body="",
+    dtypes=("float32", "bfloat16", "float16"),
+    libraries=("libkpdeploy_torch.so",),
+)

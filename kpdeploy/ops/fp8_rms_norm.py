@@ -1,0 +1,34 @@
+"""fp8_rms_norm: RMS norm over the last dim, and that as 8-bit floats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kpdeploy.ops import fp8_quantize, rms_norm
+from kpdeploy.ops.op import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def reference(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x), rms_norm(x) / out_scale as float8_e4m3fn), both [..., N]. out_scale is float32, one element."""
+    normalized = rms_norm.reference(x.double(), weight, eps)
+    return normalized.to(x.dtype), fp8_quantize.reference(normalized, out_scale)
+
+
+def fake(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), fp8_quantize.fake(x, out_scale)
+
+
+FP8_RMS_NORM = Op(
+    name="fp8_rms_norm",
+    schema="fp8_rms_norm(Tensor x, Tensor weight, float eps, Tensor out_scale) -> "
+    "(Tensor normalized, Tensor quantized)",
+    onnx="",
+    reference=reference,
+    fake=fake,
+    onnx_body="",
+    dtypes=("float32", "bfloat16", "float16"),
+    libraries=("libkpdeploy_torch.so",),
+)
