@@ -70,8 +70,8 @@ def lower(module: GraphModule, samples: Sequence[Tensors], budget: float) -> tup
     what = f"fp8 in {len(chosen)} of {len(layers)} products"
     detail = f"scales from {len(samples)} samples, on which it costs an error of {error:.1e}"
     left = sorted((layer for layer in layers if layer not in chosen), key=lambda layer: -layer.error)
-    worst = ", ".join(f"{layer.name} {layer.error:.1e}" for layer in left[:3])
-    why = f"the budget does not hold them; the errors of the worst alone: {worst}"
+    named = ", ".join(f"{layer.name} {layer.error:.1e}" for layer in left[:3])
+    why = f"the budget does not hold them; the errors of the worst alone: {named}"
     told = [Skipped(what=f"fp8 in {len(left)} products", reason=why)] if left else []
     return [Applied(what=what, detail=detail), *told], layers
 
