@@ -31,6 +31,9 @@ extern "C" __attribute__((visibility("default"))) int kpdeploy_use_gpu_providers
   return kpdeploy_set_gpu_providers(nullptr, rows);
 }
 
+// Whether this library was built with CUDA kernels, for callers that hold it and no other of ours.
+extern "C" __attribute__((visibility("default"))) int kpdeploy_torch_cuda() { return kpdeploy_cuda(); }
+
 namespace {
 
 using torch::stable::Tensor;

@@ -177,10 +177,17 @@ def _onednn_bfloat16() -> Decision:
 
 def _cuda_kernels() -> Decision:
     what = "CUDA kernels"
-    core = _core()
-    if isinstance(core, Skipped):
+    # The libraries are built together: one that can be loaded speaks for all.
+    library, core = _torch_library(), _core()
+    if isinstance(library, Applied):
+        import ctypes
+
+        built = bool(ctypes.CDLL(str(libraries.find(libraries.TORCH))).kpdeploy_torch_cuda())
+    elif isinstance(core, Applied):
+        built = importlib.import_module("kpdeploy._core").cuda()
+    else:
         return Skipped(what=what, reason=core.reason)
-    if importlib.import_module("kpdeploy._core").cuda():
+    if built:
         return Applied(what=what)
     return Skipped(what=what, reason="the libraries here were built without CUDA (csrc/BUILD.md)")
 

@@ -18,7 +18,7 @@ from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
-from kpdeploy.ops.fp8_linear_activation import LARGEST
+from kpdeploy.ops.fp8_quantize import LARGEST
 from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, sweep, take
 
 ops = torch.ops.kpdeploy

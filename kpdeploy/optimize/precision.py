@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -38,23 +39,31 @@ def lower(module: GraphModule, dtype: torch.dtype) -> None:
     What a graph computes in float32 on its own, such as positions, meets the kernels in their dtype.
     """
     module.to(dtype)
+    casts: dict[tuple[Node, torch.dtype], Node] = {}
     for node in list(module.graph.nodes):
         if node.op == "output":
-            node.args = torch.fx.node.map_arg(node.args, partial(_cast, node, torch.float32))
-        elif node.op == "call_function" and (node.target in KERNELS or _is_ours(node)):
-            node.args = torch.fx.node.map_arg(node.args, partial(_cast, node, dtype))
+            node.args = torch.fx.node.map_arg(node.args, partial(_cast, casts, node, torch.float32))
+        elif _is_kernel(node):
+            node.args = torch.fx.node.map_arg(node.args, partial(_cast, casts, node, dtype))
     sweep(module)
 
 
-def _is_ours(node: Node) -> bool:
-    return getattr(node.target, "namespace", "") == "kpdeploy"
+def _is_kernel(node: Any) -> bool:
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    return node.target in KERNELS or getattr(node.target, "namespace", "") == "kpdeploy"
 
 
-def _cast(before: Node, dtype: torch.dtype, value: Node) -> Node:
-    """An activation of floats in this dtype; weights are of it already, and integers stay."""
+def _cast(casts: dict[tuple[Node, torch.dtype], Node], before: Node, dtype: torch.dtype, value: Node) -> Node:
+    """An activation of floats in this dtype, cast once; weights and what kernels give are of it already, and integers
+    stay."""
     found = value.meta.get("val")
     if value.op == "get_attr" or not isinstance(found, torch.Tensor) or not found.is_floating_point():
         return value
-    node = insert(before, aten.to.dtype, (value, dtype))
-    node.meta["val"] = found.to(dtype)
-    return node
+    maker = value.args[0] if value.target is operator.getitem else value
+    if _is_kernel(maker) and dtype is not torch.float32:
+        return value
+    if (value, dtype) not in casts:
+        casts[value, dtype] = node = insert(before, aten.to.dtype, (value, dtype))
+        node.meta["val"] = found.to(dtype)
+    return casts[value, dtype]

@@ -1,0 +1,321 @@
+"""Whole models on an H100 in CUDA graphs, beside torch.compile's best in one: times, errors, floors.
+
+    python benchmarks/gpu_models.py --json gpu_models_h100.json
+    python benchmarks/gpu_models.py --only bert --levels float16
+
+Each model is what `kpdeploy export --level N` packages (its exported program, loaded by kpdeploy.runtimes.cuda), with
+random weights: times do not depend on them. The peer is torch.compile(mode="max-autotune") in bfloat16, captured in a
+CUDA graph. Times are medians of graph replays, all in turns, inputs and outputs on the GPU; `whole` is a call from NumPy
+arrays to NumPy arrays. Errors are ‖out - ref‖ / ‖ref‖ against the unmodified model in float32 on the GPU, without TF32.
+The floor is the larger of a model's products at the measured rate of a large one and its weights over the measured
+rate of a copy. Exit code 1: an error above --most; a goal that is not reached is only told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cuda_kernels import versions
+
+from kpdeploy.decision import Applied
+from kpdeploy.export import cuda as graphs
+from kpdeploy.export.capture import Capture, settle_axes
+from kpdeploy.inputs import sample
+from kpdeploy.load.factory import from_module
+from kpdeploy.load.reference import reference
+from kpdeploy.ops import register
+from kpdeploy.pipeline.candidates import _fused
+from kpdeploy.runtimes import cuda
+
+ROUNDS = 7
+REPLAYS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One row: a model at one size. `tokens`: of random lengths, as a share of all places; 1: all. `goals`: of the
+    peer's time over ours, by precision."""
+
+    model: str
+    sizes: Mapping[str, int]
+    tokens: float = 1.0
+    goals: Mapping[str, float]
+
+    @property
+    def name(self) -> str:
+        share = f", {self.tokens:.0%} tokens" if self.tokens < 1 else ""
+        return f"{self.model} {'x'.join(map(str, self.sizes.values()))}{share}"
+
+
+def goals(half: float, eight: float) -> dict[str, float]:
+    return {"float16": half, "bfloat16": half, "fp8": eight}
+
+
+WORKS = (
+    Work(model="bert", sizes={"batch": 1, "seq": 128}, goals=goals(2.0, 2.5)),
+    Work(model="bert", sizes={"batch": 8, "seq": 128}, goals=goals(2.0, 2.5)),
+    Work(model="bert", sizes={"batch": 32, "seq": 384}, goals=goals(1.8, 2.6)),
+    Work(model="bert", sizes={"batch": 32, "seq": 384}, tokens=0.5, goals=goals(3.0, 2.6)),
+    Work(model="vit", sizes={"batch": 32}, goals=goals(1.5, 1.5)),
+    Work(model="llama", sizes={"batch": 1, "seq": 2048}, goals=goals(1.5, 1.5)),
+)
+
+
+class Bert(torch.nn.Module):
+    """BERT-base with the pooled output alone: padded places are not shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertModel
+
+        self.model = BertModel(BertConfig())
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        pooled: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return pooled
+
+
+class Vit(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import ViTConfig, ViTForImageClassification
+
+        self.model = ViTForImageClassification(ViTConfig(num_labels=1000))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(pixel_values=pixel_values).logits
+        return logits
+
+
+class Llama(torch.nn.Module):
+    """The sizes of Llama 3.2 1B; logits of the last token, as a prefill needs them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, use_cache=False, max_position_embeddings=8192,
+        )  # fmt: skip
+        self.model = LlamaForCausalLM(config)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits
+        return logits
+
+
+MODELS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[str, ...]]] = {
+    "bert": (Bert, ("input_ids:int64[batch=1..32,seq=1..384]{0..30521}", "attention_mask:int64[batch,seq]{mask}")),
+    "vit": (Vit, ("pixel_values:float32[batch=1..32,3,224,224]",)),
+    "llama": (Llama, ("input_ids:int64[batch=1..2,seq=1..2048]{0..128255}",)),
+}
+
+
+def inputs_of(work: Work, signature: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """Fresh inputs; the mask's lengths are random with the mean asked for, or all whole."""
+    arrays = sample(signature, work.sizes, rng)
+    for spec in signature.inputs:
+        if spec.values is not None and spec.values.kind == "prefix_mask":
+            rows, width = arrays[spec.name].shape
+            lengths = np.full(rows, width)
+            if work.tokens < 1:
+                lengths = rng.integers(1, width, size=rows, endpoint=True)
+                lengths = np.clip(np.round(lengths * work.tokens * width / lengths.mean()), 1, width)
+            arrays[spec.name] = (np.arange(width) < lengths[:, None]).astype(spec.dtype)
+    return arrays
+
+
+def timed(replays: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median microseconds of each, in turns."""
+    taken: dict[str, list[float]] = {name: [] for name in replays}
+    for name, replay in replays.items():
+        replay()
+    for _ in range(ROUNDS):
+        for name, replay in replays.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            replay()
+            begin.record()
+            for _ in range(REPLAYS):
+                replay()
+            end.record()
+            end.synchronize()
+            taken[name].append(begin.elapsed_time(end) * 1e3 / REPLAYS)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def compiled(
+    module: torch.nn.Module, arrays: Mapping[str, Any]
+) -> tuple[Callable[[], Any], Callable[[], torch.Tensor]]:
+    """torch.compile's best of a module in bfloat16, in a CUDA graph: its replay, and its output."""
+    import copy
+
+    half = copy.deepcopy(module).to("cuda", torch.bfloat16).eval()
+    tensors = [torch.from_numpy(a).cuda() for a in arrays.values()]
+    tensors = [t.bfloat16() if t.is_floating_point() else t for t in tensors]
+    torch._dynamo.reset()
+    best = torch.compile(half, mode="max-autotune-no-cudagraphs", fullgraph=True)
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        for _ in range(3):
+            best(*tensors)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
+        out = best(*tensors)
+    return graph.replay, lambda: out
+
+
+def ceilings() -> dict[str, float]:
+    """TFLOP/s of a product of 8192³ in bfloat16, and GB/s of a copy of 1 GiB."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    us = timed({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
+    return {"bf16_tflops": 2 * 8192**3 / us["product"] / 1e6, "copy_gbs": 2 * source.nbytes / us["copy"] / 1e3}
+
+
+def floor_us(module: torch.nn.Module, arrays: Mapping[str, Any], work: Work, top: Mapping[str, float]) -> float:
+    """Operations of the products and attention at the rate of a large product, or the weights' bytes at a copy's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(*(torch.from_numpy(a).cuda() for a in arrays.values()))
+    weights = 2 * sum(p.numel() for name, p in module.named_parameters() if "embed" not in name)
+    by_operations = counter.get_total_flops() * work.tokens / top["bf16_tflops"] / 1e6
+    return max(by_operations, weights / top["copy_gbs"] / 1e3)
+
+
+def made(model: Any, precision: str, folder: Path, works: Sequence[Work], samples: Sequence[Any]) -> Any:
+    """The program in one precision, loaded with a bucket for each row and no others."""
+    capture = Capture(model, folder)
+    fusion = _fused(capture, ())
+    print("  ", "; ".join(d.what for d in fusion.decisions if isinstance(d, Applied)), flush=True)
+    loaded = {}
+    masked = [s.name for s in model.signature.inputs if s.values is not None and s.values.kind == "prefix_mask"]
+    for dropped in sorted({work.tokens < 1 for work in works}):
+        inner = folder / f"{precision}-{dropped}"
+        inner.mkdir()
+        padded = tuple(a.name for a in model.signature.axes) if masked else ("batch",)
+        form = graphs.Form(precision=precision, dropped=dropped, padded=padded)
+        began = time.perf_counter()
+        told = graphs.export(fusion.capture, inner, form, samples=samples, budget=1.0)
+        print("  ", precision, [d.what for d in told], f"{time.perf_counter() - began:.0f} s", flush=True)
+        described = json.loads((inner / graphs.GRAPHS).read_text())
+        described["buckets"] = [bucket(work) for work in works if (work.tokens < 1) == dropped]
+        (inner / graphs.GRAPHS).write_text(json.dumps(described))
+        loaded[dropped] = cuda.load(str(inner / graphs.FILENAME), inputs=(), outputs=(), settings={})
+    return loaded
+
+
+def bucket(work: Work) -> dict[str, int]:
+    if work.tokens >= 1:
+        return dict(work.sizes)
+    places = int(np.prod(list(work.sizes.values())))
+    return {**work.sizes, "tokens": places * 5 // 8}
+
+
+def measured(
+    name: str, works: Sequence[Work], precisions: Sequence[str], top: Mapping[str, float], *, peer: bool
+) -> list[dict[str, Any]]:
+    factory, texts = MODELS[name]
+    torch.manual_seed(0)
+    module = factory().eval()
+    from kpdeploy.load import Request
+
+    request = Request(inputs=texts, example=None, task=None, name=name, max_batch=32)
+    model = settle_axes(from_module(module, None, request, name=name, source={}), stated=True)
+    rng = np.random.default_rng()
+    samples = [
+        sample(
+            model.signature, {a.name: min(a.max, 4 if a.name == "batch" else 128) for a in model.signature.axes}, rng
+        )
+        for _ in range(4)
+    ]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = {}
+        for precision in precisions:
+            (place := Path(folder) / precision).mkdir()
+            try:
+                run[precision] = made(model, precision, place, works, samples)
+            except Exception as error:
+                print(
+                    f"   {precision}: {type(error).__name__} {str(error)[:300]} {getattr(error, 'why', '')[:600]}",
+                    flush=True,
+                )
+        module = module.cuda()
+        for work in works:
+            arrays = inputs_of(work, model.signature, rng)
+            tensors = [torch.from_numpy(a).cuda() for a in arrays.values()]
+            with torch.no_grad():
+                expected = module(*tensors).double().cpu().numpy()
+            replays: dict[str, Callable[[], Any]] = {}
+            row: dict[str, Any] = {
+                "work": work.name,
+                "floor_us": floor_us(module, arrays, work, top),
+                "error": {},
+                "whole_us": {},
+            }
+            for precision, loaded in run.items():
+                graph = loaded[work.tokens < 1]
+                answer = np.asarray(graph(list(arrays.values()))[0], np.float64)
+                row["error"][precision] = float(np.linalg.norm(answer - expected) / np.linalg.norm(expected))
+                index = cuda.smallest(graph.buckets, bucket(work), ())
+                replays[precision] = graph.captured[index].graph.replay
+                whole = []
+                for _ in range(30):
+                    start = time.perf_counter()
+                    graph(list(arrays.values()))
+                    whole.append((time.perf_counter() - start) * 1e6)
+                row["whole_us"][precision] = statistics.median(whole)
+            if peer:
+                replays["torch.compile"], out = compiled(module.cpu(), arrays)
+                replays["torch.compile"]()
+                row["error"]["torch.compile"] = float(
+                    np.linalg.norm(out().double().cpu().numpy() - expected) / np.linalg.norm(expected)
+                )
+                module.cuda()
+            row["us"] = timed(replays)
+            row["ratio"] = {p: row["us"]["torch.compile"] / row["us"][p] for p in run} if peer else {}
+            row["goal"] = {p: work.goals.get(p) for p in run}
+            print(" ", json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", choices=tuple(MODELS), default=tuple(MODELS))
+    parser.add_argument("--levels", nargs="*", default=("float16", "bfloat16", "fp8"))
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--most", type=float, default=5e-2)
+    options = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    print(register())
+    top = ceilings()
+    print(top, flush=True)
+    rows = []
+    for name in options.only:
+        works = [work for work in WORKS if work.model == name]
+        rows += measured(name, works, options.levels, top, peer=not options.no_peer)
+        if options.json:
+            found = {"device": torch.cuda.get_device_name(), "versions": versions(""), "ceilings": top, "rows": rows}
+            options.json.write_text(json.dumps(found, indent=2) + "\n")
+    sys.exit(any(error > options.most for row in rows for p, error in row["error"].items() if p != "fp8"))
+
+
+if __name__ == "__main__":
+    main()
