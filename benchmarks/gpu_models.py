@@ -33,9 +33,9 @@ from kpdeploy.export import cuda as graphs
 from kpdeploy.export.capture import Capture, settle_axes
 from kpdeploy.inputs import sample
 from kpdeploy.load.factory import from_module
-from kpdeploy.load.reference import reference
+from kpdeploy.load.flat import Flat
 from kpdeploy.ops import register
-from kpdeploy.pipeline.candidates import _fused
+from kpdeploy.optimize import fuse
 from kpdeploy.runtimes import cuda
 
 ROUNDS = 7
@@ -140,7 +140,7 @@ def inputs_of(work: Work, signature: Any, rng: np.random.Generator) -> dict[str,
 def timed(replays: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """Median microseconds of each, in turns."""
     taken: dict[str, list[float]] = {name: [] for name in replays}
-    for name, replay in replays.items():
+    for replay in replays.values():
         replay()
     for _ in range(ROUNDS):
         for name, replay in replays.items():
@@ -199,9 +199,10 @@ def floor_us(module: torch.nn.Module, arrays: Mapping[str, Any], work: Work, top
 
 def made(model: Any, precision: str, folder: Path, works: Sequence[Work], samples: Sequence[Any]) -> Any:
     """The program in one precision, loaded with a bucket for each row and no others."""
-    capture = Capture(model, folder)
-    fusion = _fused(capture, ())
-    print("  ", "; ".join(d.what for d in fusion.decisions if isinstance(d, Applied)), flush=True)
+    fused = fuse(model)
+    print("  ", "; ".join(d.what for d in fused.decisions if isinstance(d, Applied)), flush=True)
+    again = replace(model, kind="module", module=Flat(fused.module, None), program=None, decisions=())
+    capture = Capture(settle_axes(again, stated=True), folder)
     loaded = {}
     masked = [s.name for s in model.signature.inputs if s.values is not None and s.values.kind == "prefix_mask"]
     for dropped in sorted({work.tokens < 1 for work in works}):
@@ -210,7 +211,7 @@ def made(model: Any, precision: str, folder: Path, works: Sequence[Work], sample
         padded = tuple(a.name for a in model.signature.axes) if masked else ("batch",)
         form = graphs.Form(precision=precision, dropped=dropped, padded=padded)
         began = time.perf_counter()
-        told = graphs.export(fusion.capture, inner, form, samples=samples, budget=1.0)
+        told = graphs.export(capture, inner, form, samples=samples, budget=1.0)
         print("  ", precision, [d.what for d in told], f"{time.perf_counter() - began:.0f} s", flush=True)
         described = json.loads((inner / graphs.GRAPHS).read_text())
         described["buckets"] = [bucket(work) for work in works if (work.tokens < 1) == dropped]
