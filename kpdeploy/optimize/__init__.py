@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.model import Model
 from kpdeploy.ops import register
-from kpdeploy.optimize import add_layer_norm, attention, gated_linear, linear_activation, rms_norm
+from kpdeploy.optimize import add_layer_norm, attention, gated_linear, linear_activation, parallel_linears, rms_norm
 from kpdeploy.optimize.graph import Finding, Match, drop_identities, sweep
 from kpdeploy.signature import Signature
 
@@ -28,12 +28,15 @@ FUSIONS: tuple[tuple[str, Find], ...] = (
     (attention.OP, attention.find),
     (add_layer_norm.OP, lambda module, signature: add_layer_norm.find(module)),
     (rms_norm.OP, lambda module, signature: rms_norm.find(module)),
+    # Of the linears that are left.
+    (parallel_linears.OP, lambda module, signature: parallel_linears.find(module)),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A module with fused ops, to be captured again, how many of each it holds, and what was refused, why."""
+    """A module with fused ops, to be captured again, how many of each it holds, what was done, and what was refused,
+    why."""
 
     module: GraphModule
     counts: dict[str, int]
@@ -50,15 +53,18 @@ def fuse(model: Model, *, left: Collection[str] = ()) -> Fused:
     module: GraphModule = model.program.module()
     drop_identities(module)
     refused: Counter[tuple[str, str]] = Counter()
+    applied: Counter[str] = Counter()
     for op, find in (row for row in FUSIONS if row[0] not in left):
         for finding in list(find(module, model.signature)):
             if isinstance(finding, Match):
                 finding.apply()
+                applied[op] += 1
             else:
                 refused[op, finding.reason] += 1
         sweep(module)
     counts = _count(module)
-    decisions: list[Decision] = [Applied(what=f"fused {n} {op}") for op, n in counts.items()]
+    joined = {op: applied[op] for op in (parallel_linears.OP,) if applied[op]}  # no op of its own is left in the graph
+    decisions: list[Decision] = [Applied(what=f"fused {n} {op}") for op, n in (counts | joined).items()]
     decisions += [Skipped(what=f"{n} {op}", reason=reason) for (op, reason), n in refused.items()]
     return Fused(module=module, counts=counts, decisions=tuple(decisions))
 

@@ -27,7 +27,7 @@ from kpdeploy.load.flat import Flat
 from kpdeploy.load.huggingface import describe_transformer
 from kpdeploy.model import Model
 from kpdeploy.ops import ONNX_DOMAIN, OPS
-from kpdeploy.optimize import Fused, fuse
+from kpdeploy.optimize import Fused, fuse, parallel_linears
 from kpdeploy.signature import parse_inputs
 
 TEXT = {
@@ -104,6 +104,11 @@ COUNTS: list[tuple[str, Mapping[str, Any], str, dict[str, int]]] = [
 ]
 
 
+JOINED = {"GPT2Config": 0}
+"""Groups of linears that became one product, where not the queries, keys and values of each of two layers: GPT-2's
+checkpoints hold them joined."""
+
+
 REFUSED = {
     "BertConfig": {"1 add_layer_norm": "the residual is broadcast"},
     "T5Config": {"2 attention": "it adds a bias that is no mask, such as relative positions"},
@@ -122,6 +127,8 @@ def test_real_architectures_fuse_exactly_this_and_give_the_same_answers(
     before = model(config, small, kind)
     fused = fuse(before)
     assert fused.counts == counts
+    joined = [d.what for d in fused.decisions if d.what.endswith(parallel_linears.OP)]
+    assert joined == [f"fused {n} parallel_linears" for n in [JOINED.get(config, 2)] if n]
     if config in REFUSED:
         assert {d.what: d.reason for d in fused.decisions if isinstance(d, Skipped)} == REFUSED[config]
     answers_alike(before, fused)
@@ -192,3 +199,48 @@ def test_a_shared_linear_and_a_scaled_residual_are_left_alone_with_the_reason() 
         ("1 add_layer_norm", "the residual is scaled"),
     }
     answers_alike(before, fused)
+
+
+class Parallel(torch.nn.Module):
+    """Linears of one input: three that can be joined, and others that look like it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 12)
+        self.up, self.down = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.tied, self.answer = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.scale = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        narrow, wide = self.narrow(x), self.wide(x)
+        split = narrow.view(x.shape[0], 2, 2) @ wide.view(x.shape[0], 2, 6)
+        activated = torch.relu(self.up(x)) * torch.relu(self.down(x))
+        scaled = torch.nn.functional.linear(x, self.tied.weight * self.scale)
+        return {"sum": split.flatten(1), "answer": self.answer(x), "more": activated + self.tied(x) + scaled}
+
+
+def test_parallel_linears_are_joined_and_the_others_are_left_with_the_reason(tmp_path: Path) -> None:
+    signature = parse_inputs(["x:float32[batch=1..4,8]"])
+    torch.manual_seed(0)
+    described = model_from_module(Parallel(), signature, name="parallel", source={}, keywords=True)
+    before = settle_axes(described, stated=False)
+    fused = fuse(before)
+    assert fused.counts == {"linear_activation": 1}  # two relu(linear) of x
+    assert {(d.what, getattr(d, "reason", "")) for d in fused.decisions} == {
+        ("fused 1 linear_activation", ""),
+        ("fused 2 parallel_linears", ""),
+        ("1 parallel_linears", "its weights are computed, not constant"),
+        ("1 parallel_linears", "its weight is used elsewhere too"),
+        ("1 parallel_linears", "its result is an output"),
+    }
+    answers_alike(before, fused)
+    again = captured_again(before, fused)
+    assert again.program is not None
+    # Each weight is there once, and four zeros for the bias that `narrow` lacks.
+    elements = sum(parameter.numel() for parameter in Parallel().parameters())
+    assert sum(tensor.numel() for tensor in again.program.state_dict.values()) == elements + 4
+    for format in ("onnx", "torchscript"):
+        (tmp_path / format).mkdir()
+        FORMATS[format].export(Capture(again, tmp_path), tmp_path / format)
+    ops = Counter(node.op_type for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node)
+    assert ops["Split"] == 2
