@@ -9,7 +9,7 @@ import click
 if TYPE_CHECKING:
     from kpdeploy.decision import Decision
     from kpdeploy.errors import WouldNotLoad
-    from kpdeploy.hardware import Hardware
+    from kpdeploy.hardware import Accelerator, Hardware
     from kpdeploy.serving.triton.compatibility import Compatibility
     from kpdeploy.serving.triton.containers import Container
 
@@ -195,15 +195,27 @@ def _answer_of(missing: str) -> str:
 
 
 def _hardware_rows(machine: Hardware) -> list[tuple[str, str]]:
-    gpus = [f"{g.name}, capability {g.capability}, {_gb(g.memory_bytes)}, driver {g.driver}" for g in machine.gpus]
+    gpus = [
+        f"{g.name}, capability {g.capability} ({', '.join(g.units) or 'no bf16'}), {_gb(g.memory_bytes)}, "
+        f"driver {g.driver}"
+        for g in machine.gpus
+    ]
     cores = f"{machine.physical_cores} physical, {machine.logical_cores} logical, {machine.usable_cores:g} usable"
     return [
         ("processor", machine.cpu),
         ("cores", cores),
         ("instructions", " ".join(machine.isa) or "none of those that matter"),
         ("memory", _gb(machine.memory_bytes)),
-        *[("GPU", gpu) for gpu in gpus or ["none found"]],
+        *[("GPU", gpu) for gpu in gpus or ["none found" if not machine.others else "none of NVIDIA"]],
+        *[("accelerator", _accelerator(device)) for device in machine.others],
+        *[("wrong", str(problem)) for problem in machine.problems],
     ]
+
+
+def _accelerator(device: Accelerator) -> str:
+    memory = [_gb(device.memory_bytes)] if device.memory_bytes else []
+    parts = [device.name, *memory, f"driver {device.driver or 'missing'}", device.runtime or "no runtime installed"]
+    return ", ".join(parts)
 
 
 def _gb(count: int) -> str:
