@@ -5,9 +5,9 @@
 
 Each model is what `kpdeploy export --level N` packages (its exported program, loaded by kpdeploy.runtimes.cuda), with
 random weights: times do not depend on them. The peer is torch.compile(mode="max-autotune") in bfloat16, captured in a
-CUDA graph. Times are medians of graph replays, all in turns, inputs and outputs on the GPU; `whole` is a call from NumPy
-arrays to NumPy arrays. Errors are ‖out - ref‖ / ‖ref‖ against the unmodified model in float32 on the GPU, without TF32.
-The floor is the larger of a model's products at the measured rate of a large one and its weights over the measured
+CUDA graph. Times are medians of graph replays, all in turns, inputs and outputs on the GPU; `whole` is a call from
+NumPy arrays to NumPy arrays. Errors are ‖out - ref‖ / ‖ref‖ against the unmodified model in float32 on the GPU, without
+TF32. The floor is the larger of a model's products at the measured rate of a large one and its weights over the measured
 rate of a copy. Exit code 1: an error above --most; a goal that is not reached is only told.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -123,6 +124,10 @@ MODELS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[str, ...]]] = {
 }
 
 
+ATTENTION = {"bert": (12, 768), "vit": (12, 768), "llama": (16, 2048)}
+"""Layers, and the width of all heads."""
+
+
 def inputs_of(work: Work, signature: Any, rng: np.random.Generator) -> dict[str, Any]:
     """Fresh inputs; the mask's lengths are random with the mean asked for, or all whole."""
     arrays = sample(signature, work.sizes, rng)
@@ -153,6 +158,17 @@ def timed(replays: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
             end.synchronize()
             taken[name].append(begin.elapsed_time(end) * 1e3 / REPLAYS)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def profiled(replay: Callable[[], Any]) -> list[tuple[float, int, str]]:
+    """Microseconds, calls and name of each kernel in one replay, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        replay()
+        torch.cuda.synchronize()
+    events = [(event.self_device_time_total, event.count, event.key[:90]) for event in seen.key_averages()]
+    return sorted(events, reverse=True)[:16]
 
 
 def compiled(
@@ -186,15 +202,17 @@ def ceilings() -> dict[str, float]:
     return {"bf16_tflops": 2 * 8192**3 / us["product"] / 1e6, "copy_gbs": 2 * source.nbytes / us["copy"] / 1e3}
 
 
-def floor_us(module: torch.nn.Module, arrays: Mapping[str, Any], work: Work, top: Mapping[str, float]) -> float:
+def floor_us(module: torch.nn.Module, work: Work, top: Mapping[str, float]) -> float:
     """Operations of the products and attention at the rate of a large product, or the weights' bytes at a copy's."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        module(*(torch.from_numpy(a).cuda() for a in arrays.values()))
-    weights = 2 * sum(p.numel() for name, p in module.named_parameters() if "embed" not in name)
-    by_operations = counter.get_total_flops() * work.tokens / top["bf16_tflops"] / 1e6
-    return max(by_operations, weights / top["copy_gbs"] / 1e3)
+    linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    tokens = math.prod(work.sizes.values()) if "seq" in work.sizes else work.sizes["batch"] * 197
+    length, layers, width = work.sizes.get("seq", 197), *ATTENTION[work.model]
+    # Of random lengths l the mean of l squared is 4/3 of the square of the mean.
+    seen = length * work.tokens * (4 / 3 if work.tokens < 1 else 1) * (1 / 2 if work.model == "llama" else 1)
+    products = 2 * sum(m.weight.numel() for m in linears if m.out_features < 100_000) * tokens * work.tokens
+    operations = products + 4 * layers * width * tokens * work.tokens * seen
+    weights = 2 * sum(m.weight.numel() for m in linears)
+    return max(operations / top["bf16_tflops"] / 1e6, weights / top["copy_gbs"] / 1e3)
 
 
 def made(model: Any, precision: str, folder: Path, works: Sequence[Work], samples: Sequence[Any]) -> Any:
@@ -265,7 +283,7 @@ def measured(
             replays: dict[str, Callable[[], Any]] = {}
             row: dict[str, Any] = {
                 "work": work.name,
-                "floor_us": floor_us(module, arrays, work, top),
+                "floor_us": floor_us(module, work, top),
                 "error": {},
                 "whole_us": {},
             }
@@ -289,6 +307,9 @@ def measured(
                 )
                 module.cuda()
             row["us"] = timed(replays)
+            for precision, replay in replays.items() if profile else ():
+                found = [f"    {us:9.1f} {n:4d} {name}" for us, n, name in profiled(replay)]
+                print(f"   {work.name} {precision}", *found, sep="\n", flush=True)
             row["ratio"] = {p: row["us"]["torch.compile"] / row["us"][p] for p in run} if peer else {}
             row["goal"] = {p: work.goals.get(p) for p in run}
             print(" ", json.dumps(row), flush=True)
@@ -301,7 +322,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=tuple(MODELS), default=tuple(MODELS))
     parser.add_argument("--levels", nargs="*", default=("float16", "bfloat16", "fp8"))
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument("--profile", action="store_true", help="print the longest kernels of each row")
     parser.add_argument("--most", type=float, default=5e-2)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -311,7 +333,7 @@ def main() -> None:
     rows = []
     for name in options.only:
         works = [work for work in WORKS if work.model == name]
-        rows += measured(name, works, options.levels, top, peer=not options.no_peer)
+        rows += measured(name, works, options.levels, top, peer=not options.no_peer, profile=options.profile)
         if options.json:
             found = {"device": torch.cuda.get_device_name(), "versions": versions(""), "ceilings": top, "rows": rows}
             options.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Sequence
@@ -67,12 +68,14 @@ def export(
     from kpdeploy.export.capture import quiet, reason
     from kpdeploy.optimize import pack, precision, products
 
-    module: GraphModule = capture.program.module(check_guards=False)
+    # A copy: it shares its weights with the model that the proof asks.
+    module: GraphModule = copy.deepcopy(capture.program.module(check_guards=False))
     decisions: list[Decision] = []
     try:
         with quiet(), torch.no_grad():
             products.through_op(module)
-            precision.place(module, torch.device(device))
+            # With its index: torch.export tells "cuda" from "cuda:0".
+            precision.place(module, torch.empty(0, device=device).device)
             if form.precision != "float32":
                 half = torch.bfloat16 if form.precision == "fp8" else getattr(torch, form.precision)
                 precision.lower(module, half)
