@@ -6,9 +6,9 @@
 Each model is what `kpdeploy export --level N` packages (its exported program, loaded by kpdeploy.runtimes.cuda), with
 random weights: times do not depend on them. The peer is torch.compile(mode="max-autotune") in bfloat16, captured in a
 CUDA graph. Times are medians of graph replays, all in turns, inputs and outputs on the GPU; `whole` is a call from
-NumPy arrays to NumPy arrays. Errors are ‖out - ref‖ / ‖ref‖ against the unmodified model in float32 on the GPU, without
-TF32. The floor is the larger of a model's products at the measured rate of a large one and its weights over the measured
-rate of a copy. Exit code 1: an error above --most; a goal that is not reached is only told.
+NumPy arrays to NumPy arrays. Errors are ‖out - ref‖ / ‖ref‖ against the unmodified model in float32 on the GPU,
+without TF32. The floor is the larger of a model's products at the measured rate of a large one and its weights over the
+measured rate of a copy. Exit code 1: an error above --most; a goal that is not reached is only told.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def bucket(work: Work) -> dict[str, int]:
 
 
 def measured(
-    name: str, works: Sequence[Work], precisions: Sequence[str], top: Mapping[str, float], *, peer: bool
+    name: str, works: Sequence[Work], precisions: Sequence[str], top: Mapping[str, float], *, peer: bool, profile: bool
 ) -> list[dict[str, Any]]:
     factory, texts = MODELS[name]
     torch.manual_seed(0)

@@ -187,14 +187,12 @@ def show(report: ExportReport) -> None:
 def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ...]:
     from kpdeploy.cli import console
 
-    said = [str(value) for key, value in candidate.settings.items() if key != "op_libraries"]
-    name = " ".join((candidate.format, *said, *(["+ fused ops"] if candidate.fused else [])))
     if candidate.verdict is None:
-        return (name, console.mark(False), "", *([""] * points), "")
+        return (candidate.label, console.mark(False), "", *([""] * points), "")
     worst = candidate.verdict.worst
     times = [f"{entry.p50_ms:.2f}" for entry in candidate.latencies] or [""] * points
     error = f"{worst.error:.1e} / {worst.tolerance:.0e}"
-    return (name, console.mark(candidate.passed), error, *times, "packaged" if chosen else "")
+    return (candidate.label, console.mark(candidate.passed), error, *times, "packaged" if chosen else "")
 
 
 def _told(decision: Any, report: ExportReport) -> str:
