@@ -6,12 +6,14 @@ Run as a script (`python -P worker.py`) and standing alone, like the runtimes. A
     {"run": "in.npz", "into": "out.npz"}           arrays named 0, 1, … in call order
     {"time": "in.npz", "seconds": 0.5, "at_least": 5, "warmup": 2}
                                    -> {"milliseconds": [...], "processor_milliseconds": [...]}
+    {"reset_peak": true}                           the largest size so far is forgotten
 
 Each answer holds "peak_bytes", the largest resident size so far, or "error" with the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -64,6 +66,13 @@ def peak_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
+def reset_peak() -> None:
+    """Let the largest size begin anew from the present one (proc(5): 5 in clear_refs)."""
+    # A sandbox may not have the file: the largest size then stays what it was while the model was loaded.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
 def answer(job: dict[str, Any], state: dict[str, Run]) -> dict[str, Any]:
     if "load" in job:
         state["run"] = load(job["load"])
@@ -71,6 +80,9 @@ def answer(job: dict[str, Any], state: dict[str, Run]) -> dict[str, Any]:
     if "run" in job:
         outputs = state["run"](read(job["run"]))
         np.savez(job["into"], **{str(i): np.asarray(a) for i, a in enumerate(outputs)})  # type: ignore[arg-type]
+        return {}
+    if "reset_peak" in job:
+        reset_peak()
         return {}
     arrays = read(job["time"])
     limits = {name: job[name] for name in ("seconds", "at_least", "warmup")}
