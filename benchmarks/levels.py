@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ from kpdeploy.runtimes.process import RuntimeProcess
 HERE = Path(__file__).parent
 RUNTIMES = HERE / "peer_runtimes"
 LEAST_COSINE = 0.99
-LEVELS = (1, 2, 3)
+EXPORTED = (2, 3)
+"""Level 1 is level 2's file, computed in float32."""
 DEFAULT = "OpenVINO as it comes (bf16 here)"
 
 
@@ -181,7 +182,7 @@ def prepare(model: str, repo: str) -> None:
     """Export MODEL once a level into REPO."""
     subject = SUBJECTS[model]
     with tempfile.TemporaryDirectory(prefix="kpdeploy-levels-") as scratch:
-        for level in LEVELS:
+        for level in EXPORTED:
             report = export(
                 subject.model,
                 repo=repo,
@@ -215,7 +216,9 @@ def measure(
 ) -> None:
     """Measure the levels of MODEL in REPO beside their peers."""
     subject = SUBJECTS[model]
-    packages = {level: packaged(repo, f"{model}-l{level}") for level in LEVELS}
+    packages = {level: packaged(repo, f"{model}-l{level}") for level in EXPORTED}
+    manifest, folder = packages[2]
+    packages = {1: (replace(manifest, settings={**manifest.settings, "precision": "f32"}), folder), **packages}
     report: dict[str, Any] = {
         "what": "levels 1 to 3 against peers, same requests; ratio = peer's / level's median",
         "kpdeploy": __version__,
