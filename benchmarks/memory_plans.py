@@ -16,9 +16,10 @@ from typing import Any
 
 import click
 import numpy as np
+from levels import artifact_of
 
 from kpdeploy import __version__
-from kpdeploy.artifact import Artifact, Manifest
+from kpdeploy.artifact import Manifest
 from kpdeploy.cli import console
 from kpdeploy.hardware import environment
 from kpdeploy.inputs import sample
@@ -28,17 +29,6 @@ from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.serving.repository import read_repository
 
 GOAL = 0.15
-
-
-def artifact_of(manifest: Manifest, folder: Path) -> Artifact:
-    return Artifact(
-        format=manifest.format,
-        folder=folder,
-        filename=manifest.filename,
-        input_names=tuple(spec.name for spec in manifest.signature.inputs),
-        output_names=tuple(spec.name for spec in manifest.signature.outputs),
-        settings=manifest.settings,
-    )
 
 
 def compared(manifest: Manifest, folder: Path) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -120,6 +120,10 @@ class Budget:
         pairs = zip(out, ref, strict=True)
         return max(METRICS[self.metric if b.dtype.kind == "f" else "error"](a, b) for a, b in pairs)
 
+    def of_all(self, distances: Sequence[float]) -> float:
+        """Of several answers: the worst; by top-1, which counts answers, the mean."""
+        return sum(distances) / len(distances) if self.metric == "top1" else max(distances)
+
 
 def tolerance(dtype: str, tolerances: Mapping[str, float]) -> float:
     """The tolerance of a dtype; all integers and bools share one."""
@@ -127,14 +131,23 @@ def tolerance(dtype: str, tolerances: Mapping[str, float]) -> float:
 
 
 def worst_of(found: Iterable[Comparison]) -> list[Comparison]:
-    """The worst comparison of each output."""
-    worst: dict[str, Comparison] = {}
+    """The worst comparison of each output; by top-1, which counts answers, the mean of all with the worst's figures."""
+    several: dict[str, list[Comparison]] = {}
     for comparison in found:
-        known = worst.setdefault(comparison.output, comparison)
+        several.setdefault(comparison.output, []).append(comparison)
+    return [_pooled(comparisons) for comparisons in several.values()]
+
+
+def _pooled(several: list[Comparison]) -> Comparison:
+    worst = several[0]
+    for comparison in several:
         # Not `>`: an error that is not a number must never be lost.
-        if not comparison.error <= known.error:
-            worst[comparison.output] = comparison
-    return list(worst.values())
+        if not comparison.error <= worst.error:
+            worst = comparison
+    if worst.metric == "top1":
+        error = sum(comparison.error for comparison in several) / len(several)
+        return replace(worst, error=error, top1=1 - error)
+    return worst
 
 
 def compare(out: Tensors, ref: Tensors, tolerances: Mapping[str, float]) -> list[Comparison]:

@@ -107,7 +107,7 @@ class _Judge:
 
     def distance(self, model: Any) -> float:
         found = _answers(_compiled(model, self.precision, self.group), self.samples)
-        return max(self.budget.distance(out, ref) for out, ref in zip(found, self.wanted, strict=True))
+        return self.budget.of_all([self.budget.distance(o, r) for o, r in zip(found, self.wanted, strict=True)])
 
 
 # Schemes

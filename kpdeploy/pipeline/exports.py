@@ -28,7 +28,16 @@ from kpdeploy.ops.libraries import contract
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
 from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.pipeline.layout import Wanted, lay_out
-from kpdeploy.pipeline.levels import ACCURACY_BUDGET, Lower, asked_of, check_latency, golden_of, rungs_of, unusable
+from kpdeploy.pipeline.levels import (
+    ACCURACY_BUDGET,
+    Lower,
+    accepted_of,
+    asked_of,
+    check_latency,
+    golden_of,
+    rungs_of,
+    unusable,
+)
 from kpdeploy.pipeline.measuring import measure, time_here
 from kpdeploy.pipeline.room import told_when_full
 from kpdeploy.progress import Progress
@@ -141,7 +150,7 @@ def export(
     with work_folder() as work, told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
         samples = calibration(settled.signature, calibrate, loaded.tokenizer) if calibrate is not None else []
-        real = asked_of(samples, settled)
+        real = asked_of(samples, settled, budget)
         if real:
             baseline = golden_of(real, baseline)
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
@@ -165,7 +174,7 @@ def export(
             _, windows = measure([chosen], settled.signature, progress)
         told += [*unusable(level), *layout.decisions]
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(target, candidates, chosen, fused))
-        accepted = budget.tolerances if chosen.level > 1 else tolerances
+        accepted = accepted_of(budget, chosen, baseline) if chosen.level > 1 else tolerances
         manifest = _manifest(settled, target, candidates, chosen, accepted, decisions)
         manifest = layout.within(replace(manifest, mount=mount, serving=dict(serving or {})))
         baseline = replace(baseline, windows=windows)

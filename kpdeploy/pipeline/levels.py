@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from kpdeploy.artifact import Artifact, LayerError
 from kpdeploy.backends import LEVELS, Lowering, lowerings
 from kpdeploy.baseline import Baseline, Exchange
-from kpdeploy.compare import Budget
+from kpdeploy.compare import TOLERANCES, Budget, relative_error
 from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import BudgetUnmet, ExportFailed, FormatUnavailable, LevelUnavailable, UnknownName
 from kpdeploy.hardware import detect
@@ -19,6 +19,7 @@ from kpdeploy.model import Model
 from kpdeploy.pipeline.candidates import Candidate, prove_one
 from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.progress import Progress
+from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.serving.target import TARGETS
 from kpdeploy.verify import Question
 
@@ -30,8 +31,9 @@ ACCURACY_BUDGET = 1e-2
 """Levels 2 and 3 may differ from the model by so much, unless stated."""
 
 
-ASKED_SAMPLES = 8
-"""So many of the user's calibration samples are asked in the proof."""
+ASKED_SAMPLES, COUNTED_SAMPLES = 8, 64
+"""So many of the user's calibration samples are asked in the proof: where each has to be right, and where a share of
+them has to be."""
 
 
 GOLDEN_SAMPLES = 3
@@ -104,14 +106,15 @@ def check_latency(candidates: Sequence[Candidate], chosen: Candidate, budget_ms:
     )
 
 
-def asked_of(samples: Sequence[Tensors], model: Model) -> list[Question]:
+def asked_of(samples: Sequence[Tensors], model: Model, budget: Budget) -> list[Question]:
     """Some of the user's own samples as questions of the proof."""
     if not samples:
         return []
     from kpdeploy.load.reference import reference
 
     answer = reference(model)
-    some = samples[:: max(1, len(samples) // ASKED_SAMPLES)][:ASKED_SAMPLES]
+    count = COUNTED_SAMPLES if budget.metric == "top1" else ASKED_SAMPLES
+    some = samples[:: max(1, len(samples) // count)][:count]
     points = [point_of(model.signature, inputs) for inputs in some]
     return [Question(point=p, inputs=i, expected=answer(i)) for p, i in zip(points, some, strict=True)]
 
@@ -120,6 +123,21 @@ def golden_of(real: Sequence[Question], baseline: Baseline) -> Baseline:
     """The baseline with real requests as the golden ones, the smallest: random ones show nothing of a task."""
     smallest = sorted(real, key=lambda question: sum(a.nbytes for a in question.inputs.values()))[:GOLDEN_SAMPLES]
     return replace(baseline, exchanges=tuple(Exchange(inputs=q.inputs, outputs=q.expected) for q in smallest))
+
+
+def accepted_of(budget: Budget, chosen: Candidate, baseline: Baseline) -> dict[str, float]:
+    """What a served answer may be off by: the budget. A share of right answers says nothing of a single one; then it
+    is twice what the golden answers of the chosen artifact were off by."""
+    if budget.metric != "top1":
+        return budget.tolerances
+    assert chosen.artifact is not None
+    worst = 0.0
+    with RuntimeProcess(chosen.artifact) as process:
+        for exchange in baseline.exchanges:
+            answers = process.run(list(exchange.inputs.values()))
+            pairs = zip(answers, exchange.outputs.values(), strict=True)
+            worst = max(worst, *(relative_error(answer, wanted) for answer, wanted in pairs))
+    return {**dict.fromkeys(TOLERANCES, 2 * worst), "integer": budget.bound}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpdeploy.artifact import Comparison, Verdict
-from kpdeploy.compare import TOLERANCES, Budget, agreement, compare, least_cosine, relative_error, tolerance
+from kpdeploy.compare import TOLERANCES, Budget, agreement, compare, least_cosine, relative_error, tolerance, worst_of
 from kpdeploy.errors import UnknownName
 
 INF, NAN = float("inf"), float("nan")
@@ -189,3 +189,15 @@ def test_a_budget_measures_several_tensors_by_the_worst() -> None:
     out = [np.array([[1.0, 0.1]], np.float32), np.array([1, 2, 3, 5])]
     assert Budget.parse("cosine=0.9").distance(out, ref) == 0.25
     assert Budget.parse("cosine=0.9").distance(out[:1], ref[:1]) == pytest.approx(1 - 1 / np.sqrt(1.01))
+
+
+def test_top_1_is_a_share_of_all_answers_and_the_others_are_of_the_worst() -> None:
+    ref = {"y": np.array([[1.0, 0.0]], np.float32)}
+    right, wrong = {"y": np.array([[0.9, 0.1]], np.float32)}, {"y": np.array([[0.0, 1.0]], np.float32)}
+    tolerances = Budget.parse("top1=0.7").tolerances
+    found = [c for answer in (right, right, right, wrong) for c in compare(answer, ref, tolerances)]
+    (pooled,) = worst_of(found)
+    assert (pooled.error, pooled.top1, pooled.passed, str(pooled)) == (0.25, 0.75, True, "top1 0.7500 / 0.7")
+    assert not worst_of([*found, *compare({}, ref, tolerances)])[0].passed
+    assert Budget.parse("top1=0.7").of_all([0, 0, 0, 1]) == 0.25
+    assert Budget.parse("cosine=0.7").of_all([0, 0, 0, 1]) == 1
