@@ -33,7 +33,7 @@ GOAL = 0.15
 
 def compared(manifest: Manifest, folder: Path) -> dict[str, Any]:
     artifact = artifact_of(manifest, folder)
-    plan = plan_memory(artifact, manifest.signature, rows=max(1, manifest.max_batch_size), settings={})
+    plan = plan_memory(artifact, manifest.signature, rows=max(1, manifest.max_batch_size))
     with RuntimeProcess(artifact) as process:
         process.run(list(sample(manifest.signature, plan.point, np.random.default_rng(1)).values()))
         fresh = process.peak_bytes

@@ -83,7 +83,7 @@ def lay_out(
             assert chosen.artifact is not None
             assert chosen.verdict is not None
             rows = max(1, chosen.verdict.max_batch_size)
-            plan = plan_memory(chosen.artifact, signature, rows=rows, settings={})
+            plan = plan_memory(chosen.artifact, signature, rows=rows)
             plan = plan.of(rows=plan.rows, instances=max(1, min(most, memory_bytes() // plan.instance_bytes())))
     tuning = None
     if wanted.load:

@@ -15,10 +15,10 @@ from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.signature import Signature
 
 
-def plan_memory(artifact: Artifact, signature: Signature, *, rows: int, settings: Mapping[str, object]) -> MemoryPlan:
+def plan_memory(artifact: Artifact, signature: Signature, *, rows: int) -> MemoryPlan:
     """What the artifact takes for a batch of `rows` at the largest sizes of all other axes, planned from a quarter and
-    from an eighth of them, for what a call takes grows by the row; then measured. A model that does not batch is
-    measured only.
+    from half of them, for what a call takes grows by the row; then measured. A model that does not batch, or not more
+    than two rows, is measured only.
 
     Raises:
         ProofFailed: it cannot be run.
@@ -26,8 +26,8 @@ def plan_memory(artifact: Artifact, signature: Signature, *, rows: int, settings
     lead = lead_axis(signature) if signature.batch_axis is not None else ""
     largest = {axis.name: axis.max for axis in signature.axes}
     point = {**largest, **({lead: max(1, rows)} if lead else {})}
-    first, second = max(1, rows // 8), max(2, rows // 4)
-    with RuntimeProcess(artifact, {**artifact.settings, **settings}) as process:
+    first, second = max(1, rows // 4), max(2, rows // 2)
+    with RuntimeProcess(artifact) as process:
         loading = process.peak_bytes
         loaded = process.reset_peak()
 
@@ -73,7 +73,7 @@ def check_fits(
         assert candidate.artifact is not None
         assert candidate.verdict is not None
         most = max(1, candidate.verdict.max_batch_size)
-        plan = plan_memory(candidate.artifact, signature, rows=most, settings={})
+        plan = plan_memory(candidate.artifact, signature, rows=most)
         batches = {most, *(1 << power for power in range(most.bit_length()) if 1 << power <= most)}
         if (found := fitting(plan, budget_bytes, batches=sorted(batches), instances=instances)) is not None:
             return candidate, found
