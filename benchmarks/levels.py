@@ -210,9 +210,17 @@ def prepare(model: str, repo: str) -> None:
 @click.option("--seconds", default=0.7, show_default=True)
 @click.option("--venvs", type=click.Path(file_okay=False, path_type=Path), help="Where peers get their packages.")
 @click.option("--only", multiple=True, metavar="TEXT", help="Run only peers whose name holds TEXT.")
+@click.option("--point", "points", multiple=True, metavar="ROWSxLENGTH", help="Measure here.  [default: all points]")
 @click.option("-o", "output", required=True, type=click.Path(dir_okay=False, path_type=Path))
 def measure(
-    model: str, repo: Path, rounds: int, seconds: float, venvs: Path | None, only: tuple[str, ...], output: Path
+    model: str,
+    repo: Path,
+    rounds: int,
+    seconds: float,
+    venvs: Path | None,
+    only: tuple[str, ...],
+    points: tuple[str, ...],
+    output: Path,
 ) -> None:
     """Measure the levels of MODEL in REPO beside their peers."""
     subject = SUBJECTS[model]
@@ -234,6 +242,8 @@ def measure(
         report["accuracy"] = accuracy(subject, work, packages)
         report["points"] = []
         for rows, length in subject.points:
+            if points and f"{rows}x{length}" not in points:
+                continue
             arrays = batch(subject, rows, length)
             ours = [
                 peers.packaged(manifest, folder, f"level {level}") for level, (manifest, folder) in packages.items()

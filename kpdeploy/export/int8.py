@@ -242,8 +242,8 @@ def _name(node: Any) -> str:
 
 
 def _own_errors(model: Any, layers: Sequence[_Layer], judge: _Judge) -> list[float]:
-    """‖out − twin‖ / ‖twin‖ of each layer over the samples: in APART passes, for OpenVINO (2026.4) gives wrong values of
-    some layers when all of a block's are outputs."""
+    """‖out − twin‖ / ‖twin‖ of each layer over the samples: in APART passes, for OpenVINO (2026.4) gives wrong
+    values of some layers when all of a block's are outputs."""
     found: dict[_Layer, float] = {}
     for first in range(APART):
         some = layers[first::APART]

@@ -86,7 +86,9 @@ def lay_out(
             plan = plan_memory(chosen.artifact, signature, rows=rows)
             plan = plan.of(rows=plan.rows, instances=max(1, min(most, memory_bytes() // plan.instance_bytes())))
     tuning = None
-    if wanted.load:
+    if wanted.load and chosen.format == "cuda":
+        told.append(Skipped(what=f"tuning for {wanted.load}", reason="its work is the GPU's, not that of threads here"))
+    elif wanted.load:
         assert chosen.artifact is not None
         tuning = tune(chosen.artifact, signature, wanted.load, progress, most_instances=plan.instances)
         told += tuning.decisions

@@ -135,6 +135,20 @@ def test_what_is_served_is_checked_by_the_budget_and_on_real_samples(generous: E
 
 
 @needs_levels
+def test_top_1_is_judged_over_the_samples_and_random_inputs_are_told(tmp_path: Path) -> None:
+    samples = np.random.default_rng(4).standard_normal((40, 64)).astype(np.float32)
+    np.savez(tmp_path / "samples.npz", input=samples)
+    report = exported(tmp_path / "models", level="2", accuracy_budget="top1=0.9", calibrate=tmp_path / "samples.npz")
+    bf16 = of_level(report, 2)
+    assert bf16.verdict is not None
+    assert (bf16.verdict.points, bf16.verdict.worst.metric) == (40, "top1")
+    assert bf16.verdict.worst.top1 >= 0.9
+    assert any("not judged, for the samples are" in getattr(decision, "detail", "") for decision in bf16.decisions)
+    if report.chosen.level == 2:  # a served answer is held against its error: a share says nothing of one
+        assert 1e-4 < report.deployment.manifest.tolerances["float32"] < 2e-2
+
+
+@needs_levels
 def test_a_budget_that_lower_precision_breaks_leaves_level_1_and_says_why(tmp_path: Path) -> None:
     report = exported(tmp_path / "models", level="auto", accuracy_budget=1e-5)
     assert report.chosen.level == 1
