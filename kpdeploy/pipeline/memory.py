@@ -44,6 +44,7 @@ def plan_memory(artifact: Artifact, signature: Signature, *, rows: int) -> Memor
             each = max(0.0, (few[1] - few[0]) / (second - first))
             fixed = max(0, round(few[0] - loaded - each * first))
             measured = peak(point)
+        elsewhere = tuple(Part(**part) for part in process.memory())
     weights = min(artifact.bytes, loaded)
     return MemoryPlan(
         point=point,
@@ -53,6 +54,7 @@ def plan_memory(artifact: Artifact, signature: Signature, *, rows: int) -> Memor
             Part(what="runtime, and weights laid out for it", bytes=loaded - weights),
             Part(what="workspace of a call", bytes=fixed),
             Part(what="activations", bytes_per_row=each),
+            *elsewhere,
         ),
         loading_bytes=loading,
         measured_bytes=measured,

@@ -109,6 +109,10 @@ class RuntimeProcess:
         self._ask({"reset_peak": True}, "run")
         return self.peak_bytes
 
+    def memory(self) -> list[dict[str, Any]]:
+        """What the runtime holds on devices other than the host: what, bytes, device. Empty where it tells nothing."""
+        return list(self._ask({"memory": True}, "run")["parts"])
+
     def time(self, arrays: Sequence[Array], *, seconds: float, at_least: int) -> list[float]:
         """Milliseconds of single calls, for about `seconds`."""
         return self.time_both(arrays, seconds=seconds, at_least=at_least, warmup=2)[0]
