@@ -59,17 +59,27 @@ class Artifact:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The worst relative error ‖out − ref‖ / ‖ref‖ of one output over all points, against its tolerance. `cosine`: of
-    that worst answer with its reference, the least over the rows of its first axis; 1 for integers."""
+    """The worst error of one output over all points, against its tolerance, by a metric of kpdeploy.compare: "error" is
+    ‖out − ref‖ / ‖ref‖, "cosine" and "top1" what they lack of 1. Of that worst answer, for all metrics: `cosine`, with
+    its reference, the least over the rows of its first axis; `top1`, the share of rows along the last axis with the
+    same largest element; both 1 for integers."""
 
     output: str
     error: float
     tolerance: float
     cosine: float = 1.0
+    top1: float = 1.0
+    metric: str = "error"
 
     @property
     def passed(self) -> bool:
         return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        """Measured / allowed: 2.0e-03 / 1e-02, or cosine 0.9960 / 0.99."""
+        if self.metric == "error":
+            return f"{self.error:.1e} / {self.tolerance:.0e}"
+        return f"{self.metric} {1 - self.error:.4f} / {1 - self.tolerance:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +106,16 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerError:
+    """A layer that can be quantized: its own error ‖out − ref‖ / ‖ref‖ on what it is given when it is, and the
+    precision that it got."""
+
+    name: str
+    error: float
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Latency:
     """Milliseconds of one call at one point of the dynamic range, in one process on an otherwise idle machine."""
 
@@ -111,7 +131,8 @@ class Manifest:
 
     `mount`: where the repository will be for the server that reads config.pbtxt. `contract`: for each kernel library
     among the files, what it needs, such as {"libkpdeploy_onnx.so": {"onnxruntime": "1.21", "glibc": "2.34"}}.
-    `serving`: how the server shall run it where that was stated: queue_delay_us, instances, labels (by index).
+    `serving`: how the server shall run it where that was stated or measured: queue_delay_us, instances, allocator,
+    labels (by index). `memory`: a kpdeploy.memory.MemoryPlan. `tuning`: what was measured to choose instances.
     """
 
     model: str
@@ -135,6 +156,8 @@ class Manifest:
     mount: str = MOUNT
     contract: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     serving: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
     schema: int = SCHEMA
 
     @property
@@ -152,8 +175,8 @@ class Manifest:
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
         data["signature"] = self.signature.to_json()
         data["decisions"] = [{"kind": type(d).__name__.lower(), **asdict(d)} for d in self.decisions]
-        for name in ("settings", "files", "tolerances", "source", "environment", "contract", "serving"):
-            data[name] = dict(data[name])
+        for name, value in data.items():
+            data[name] = dict(value) if isinstance(value, Mapping) else value
         return data
 
     def write(self, folder: Path) -> None:

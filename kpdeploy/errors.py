@@ -163,6 +163,12 @@ class BudgetUnmet(KpdeployError):
     exit_code = 34
 
 
+class MemoryExceeded(KpdeployError):
+    """No artifact fits into the memory that was allowed."""
+
+    exit_code = 35
+
+
 # 40-49: the repository
 
 

@@ -21,6 +21,7 @@ class Model:
     `module` takes the tensors of `signature.inputs` by position and returns a tuple of tensors, in the order of
     `signature.outputs`. `kind` says what it is: "module" (eager PyTorch), "program" (an exported program, `module`
     is its runnable form), "torchscript" or "onnx" (then `path` is the file, and an ONNX model has no module).
+    `tokenizer` is the folder of its tokenizer, where it brings one.
     """
 
     name: str
@@ -30,4 +31,5 @@ class Model:
     module: torch.nn.Module | None = None
     path: Path | None = None
     program: Any = None
+    tokenizer: Path | None = None
     decisions: tuple[Decision, ...] = field(default=())

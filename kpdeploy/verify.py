@@ -210,7 +210,7 @@ def failure(format: str, verdict: Verdict, asked: Sequence[Question]) -> ProofFa
     worst = verdict.worst
     return ProofFailed(
         f"the {format} artifact does not give the model's answers",
-        why=f"output {worst.output}: relative error {worst.error:.2e}, tolerance {worst.tolerance:.0e}, "
+        why=f"output {worst.output}: {'relative error ' if worst.metric == 'error' else ''}{worst}, "
         f"over {len(asked)} points of the dynamic range",
         next_step="try another --format, or state what you accept: --tolerance float32=1e-4",
     )

@@ -1,5 +1,6 @@
-"""OpenVINO as its documentation shows it, float32 and the latency hint. Settings: `threads`; `shapes` (one list an
-input: the graph is reshaped to them, instead of keeping its dynamic axes)."""
+"""OpenVINO as its documentation shows it, with the latency hint. Settings: `threads`; `precision` (f32; "": its own
+default, bf16 where the processor has it); `shapes` (one list an input: the graph is reshaped to them, instead of
+keeping its dynamic axes)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def load(
     model = core.read_model(path)
     if shapes := settings.get("shapes"):
         model.reshape(dict(zip(inputs, shapes, strict=True)))
-    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if precision := settings.get("precision", "f32"):
+        config["INFERENCE_PRECISION_HINT"] = precision
     if threads := settings.get("threads", 0):
         config["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(model, "CPU", config)

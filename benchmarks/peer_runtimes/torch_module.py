@@ -1,5 +1,6 @@
 """PyTorch on the CPU, from the MODEL argument in the place of a path. Settings: `threads`; `backend` (none: eager;
-inductor, zentorch: through torch.compile for fixed shapes); `freezing`."""
+inductor, zentorch: through torch.compile for fixed shapes); `freezing`; `dtype` (bfloat16: the module in it, inputs and
+outputs as they are); `quantize` (torchao: int8 weights, activations scaled row by row at run time)."""
 
 from __future__ import annotations
 
@@ -21,6 +22,12 @@ def load(
         torch.set_num_threads(threads)
     module = load_model(path).module
     assert module is not None
+    dtype = getattr(torch, settings.get("dtype", "float32"))
+    module = module.to(dtype)
+    if settings.get("quantize") == "torchao":
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(module, Int8DynamicActivationInt8WeightConfig())
     backend = settings.get("backend")
     if backend is not None:
         module = compiled(module, backend, settings)
@@ -29,7 +36,9 @@ def load(
 
     def run(arrays: Arrays) -> Arrays:
         with mode():
-            return [t.contiguous().numpy() for t in module(*(torch.from_numpy(a) for a in arrays))]
+            given = [torch.from_numpy(a) for a in arrays]
+            found = module(*(t.to(dtype) if t.is_floating_point() else t for t in given))
+            return [(t.float() if t.dtype is torch.bfloat16 else t).contiguous().numpy() for t in found]
 
     return run
 

@@ -31,6 +31,7 @@ NEEDED = {
     "onnxscript": "format onnx",
     "onnxruntime": "format onnx",
     "openvino": "format openvino",
+    "nncf": "export --level 3",
     "transformers": "Hugging Face models",
     "safetensors": "Hugging Face models",
     "timm": "timm:NAME models",

@@ -19,7 +19,8 @@ Examples:
   kpdeploy export net.pt --input "x:float32[batch=1..16,3,224,224]"
   kpdeploy export s.onnx --repo s3://bucket/models
   kpdeploy export minilm --target torchserve --repo model_store/
-  kpdeploy export minilm --level auto --accuracy-budget 1e-2 --latency-budget-ms 5
+  kpdeploy export minilm --tune throughput --memory-budget 4GiB
+  kpdeploy export minilm --level auto --accuracy-budget cosine=0.99 --calibrate sentences.txt
 
 Every option can stand in a kpdeploy.toml beside the model, under [export]; the command line wins.
 """
@@ -57,11 +58,11 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
 )
 @click.option(
     "--accuracy-budget",
-    type=float,
-    default=1e-2,
+    default="1e-2",
     show_default=True,
-    metavar="ERROR",
-    help="The largest relative error of levels 2 and 3; for integers, the share of answers that may differ.",
+    metavar="ERROR|METRIC=LEAST",
+    help="Of levels 2 and 3: the largest relative error, or the least cosine (embeddings) or share of equal top "
+    "answers (logits): cosine=0.99, top1=0.99. Of integers as large a share may differ.",
 )
 @click.option(
     "--latency-budget-ms",
@@ -72,7 +73,20 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
 @click.option(
     "--calibrate",
     type=click.Path(dir_okay=False),
-    help="An .npz of real samples for int8, one array per input, samples along the first axis.  [default: random]",
+    help="Real samples for int8: an .npz, one array per input, samples along the first axis; or a .txt, a text a line, "
+    "where the model brings a tokenizer.  [default: random]",
+)
+@click.option(
+    "--tune",
+    metavar="LOAD",
+    help="Measure how many instances, with how many threads each and which allocator, serve best on this machine's "
+    "cores, and write it into the configuration: for the latency of one caller, or for the throughput of many.",
+)
+@click.option(
+    "--memory-budget",
+    metavar="BYTES",
+    help="What all instances may take together, such as 4GiB: the fastest that fits is packaged, with as many "
+    "instances and as large a batch as fit.",
 )
 @click.option(
     "--mount",
@@ -133,6 +147,8 @@ def command(model: str, tolerances: tuple[str, ...], as_json: bool, **options: A
         accuracy_budget=options["accuracy_budget"],
         latency_budget_ms=options["latency_budget_ms"],
         calibrate=options["calibrate"],
+        tune=options["tune"],
+        memory_budget=options["memory_budget"],
         mount=options["mount"],
         progress=console.progress(json_output=as_json),
     )
@@ -158,6 +174,7 @@ def parse_tolerances(texts: tuple[str, ...]) -> dict[str, float]:
 def show(report: ExportReport) -> None:
     """The table of all candidates, the decisions, and what was packaged."""
     from kpdeploy.cli import console
+    from kpdeploy.memory import MemoryPlan
 
     points = [entry.point for entry in report.baseline.latencies]
     headers = [f"p50 ms {'x'.join(str(size) for size in point.values()) or 'fixed'}" for point in points]
@@ -170,11 +187,15 @@ def show(report: ExportReport) -> None:
     for candidate in report.candidates:
         if not candidate.passed:
             console.out.print(f"  [dim]{candidate.label} is out:[/] {candidate.reason}", markup=True)
+        elif candidate.layers:
+            console.out.print(f"  [dim]{_layers(candidate)}[/]")
     if report.fusions:
         console.out.print(f"  [dim]{_fusions(report)}[/]")
     for decision in report.decisions:
         if told := _told(decision, report):
             console.out.print(f"  [dim]{told}[/]")
+    console.out.print()
+    console.table(("memory", "where", ""), MemoryPlan.from_json(manifest.memory).rows_of_table())
     console.out.print()
     batch = f"batches up to {manifest.max_batch_size}" if manifest.max_batch_size else "does not batch"
     console.out.print(
@@ -191,8 +212,19 @@ def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ..
         return (candidate.label, console.mark(False), "", *([""] * points), "")
     worst = candidate.verdict.worst
     times = [f"{entry.p50_ms:.2f}" for entry in candidate.latencies] or [""] * points
-    error = f"{worst.error:.1e} / {worst.tolerance:.0e}"
+    # An error says little of fewer bits: what users of embeddings and logits ask for stands beside it.
+    measures = f", cosine {worst.cosine:.4f}" if candidate.level > 1 and worst.metric != "cosine" else ""
+    error = f"{worst}{measures}"
     return (candidate.label, console.mark(candidate.passed), error, *times, "packaged" if chosen else "")
+
+
+def _layers(candidate: Candidate) -> str:
+    """The layers with the largest errors of their own, and what stayed in float."""
+    kept = sum(layer.precision != "int8" for layer in candidate.layers)
+    worst = sorted(candidate.layers, key=lambda layer: -layer.error)[:4]
+    told = ", ".join(f"{layer.name} {layer.error:.1e} ({layer.precision})" for layer in worst)
+    of = f"{len(candidate.layers)} layers, {kept} left in float"
+    return f"{candidate.label}: {of}; the largest errors of layers by themselves: {told}"
 
 
 def _told(decision: Any, report: ExportReport) -> str:

@@ -38,7 +38,7 @@ ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", 
 """The instruction sets that decide how fast a model runs, as /proc/cpuinfo spells them."""
 
 PACKAGES = (
-    "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "transformers", "safetensors", "timm", "numpy",
+    "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "transformers", "safetensors", "timm", "numpy",
     "tritonclient", "matplotlib",
 )  # fmt: skip
 

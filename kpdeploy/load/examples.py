@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 from kpdeploy.errors import PackageMissing
@@ -36,6 +37,6 @@ def load(argument: str, request: Request) -> Model:
     folder = minilm_folder()
     encoder = huggingface.sentence_encoder(folder)
     source = {"kind": "example", "example": argument, "weights": huggingface.weights_digest(folder)}
-    return model_from_module(
-        encoder, signature, name=model_name(request.name or argument), source=source, keywords=True
-    )
+    name = model_name(request.name or argument)
+    model = model_from_module(encoder, signature, name=name, source=source, keywords=True)
+    return replace(model, tokenizer=folder)

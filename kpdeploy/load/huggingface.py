@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ TASKS = {
 LONGEST = 512
 """The longest sequence that is offered when the config allows more: state --input to get more."""
 
+TOKENIZER = "tokenizer.json"
+
 IMAGE_SIZE = 224
 """Height and width of images where the config states none: what most image models were trained with."""
 
@@ -63,9 +66,10 @@ def load_folder(argument: str, request: Request) -> Model:
     source = {"kind": "huggingface", "folder": folder.name, "weights": weights_digest(folder)}
     sentence = (folder / "modules.json").is_file() and request.task in (None, "sentence-embedding")
     config, module = _reading(folder, lambda: _open(transformers, folder, request, sentence))
-    return describe_transformer(
+    model = describe_transformer(
         module, config, request, name=folder.resolve().name, source=source, names=_tokenizer_names(folder)
     )
+    return replace(model, tokenizer=folder if (folder / TOKENIZER).is_file() else None)
 
 
 def _open(transformers: Any, folder: Path, request: Request, sentence: bool) -> tuple[Any, torch.nn.Module]:

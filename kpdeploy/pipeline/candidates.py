@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kpdeploy.artifact import Artifact, Latency, Verdict
+from kpdeploy.artifact import Artifact, Latency, LayerError, Verdict
+from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ExportFailed, FormatUnavailable, PackageMissing, ProofFailed
 from kpdeploy.model import Model
@@ -34,7 +36,7 @@ class Candidate:
     """One format with one set of runtime settings: what its proof and its measurement showed.
 
     `reason` says why it is out; then `artifact` and `verdict` are None where it did not get that far. `decisions` are
-    those that hold if this candidate is chosen.
+    those that hold if this candidate is chosen. `layers`: each layer that could be quantized, with its own error.
     """
 
     format: str
@@ -45,6 +47,7 @@ class Candidate:
     reason: str = ""
     decisions: tuple[Decision, ...] = ()
     level: int = 1
+    layers: tuple[LayerError, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -76,6 +79,7 @@ class Candidate:
             "bytes": self.artifact.bytes if self.artifact is not None and self.artifact.folder.is_dir() else None,
             "verdict": asdict(self.verdict) if self.verdict is not None else None,
             "latencies": [asdict(entry) for entry in self.latencies],
+            "layers": [asdict(layer) for layer in self.layers],
         }
 
 
@@ -264,19 +268,41 @@ def _export_one(format: Format, capture: Capture, progress: Progress, *, fused: 
 
 
 def prove_one(
-    artifact: Artifact, model: Model, asked: Sequence[Question], tolerances: Mapping[str, float]
+    artifact: Artifact,
+    model: Model,
+    asked: Sequence[Question],
+    tolerances: Mapping[str, float],
+    told: Sequence[Question] = (),
 ) -> Candidate:
+    """Prove an artifact in a fresh process. `told` are asked too, and must be answered: how far off is told only."""
     candidate = Candidate(format=artifact.format, settings=artifact.settings, artifact=artifact)
     try:
         with RuntimeProcess(artifact) as process:
             verdict = prove(process, model.signature, asked, tolerances, np.random.default_rng())
+            if told:
+                candidate = replace(candidate, decisions=(_told_apart(process, model, told),))
         if verdict.passed and candidate.fused and artifact.format == "onnx":
-            candidate = replace(candidate, decisions=(_prove_portable(artifact, model, asked, tolerances),))
+            portable = _prove_portable(artifact, model, asked, tolerances)
+            candidate = replace(candidate, decisions=(*candidate.decisions, portable))
     except ProofFailed as error:
         return replace(candidate, reason=error.in_a_line)
     return replace(
         candidate, verdict=verdict, reason="" if verdict.passed else failure(artifact.format, verdict, asked).in_a_line
     )
+
+
+def _told_apart(process: RuntimeProcess, model: Model, told: Sequence[Question]) -> Decision:
+    """How far answers to random inputs are off, which a task's measure is not meant for.
+
+    Raises:
+        ProofFailed: one is not finite, or of another shape.
+    """
+    found = ask(process, model.signature, told, dict.fromkeys(TOLERANCES, sys.float_info.max))
+    worst = max(found, key=lambda c: c.error)
+    if not all(c.passed for c in found):
+        raise ProofFailed("it gives no finite answer to random inputs", why=f"output {worst.output}")
+    detail = f"not judged, for the samples are: error {worst.error:.1e}, cosine {worst.cosine:.4f}"
+    return Applied(what=f"random inputs at {len(told)} points are answered", detail=detail)
 
 
 def _prove_portable(

@@ -16,7 +16,7 @@ import numpy as np
 
 from kpdeploy.artifact import MOUNT, Manifest
 from kpdeploy.baseline import Baseline, Exchange
-from kpdeploy.compare import TOLERANCES
+from kpdeploy.compare import TOLERANCES, Budget
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import UnknownName
@@ -27,7 +27,17 @@ from kpdeploy.monitoring.history import Entry, branch, record, values_of
 from kpdeploy.ops.libraries import contract
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
 from kpdeploy.pipeline.graphs import OnGpu
-from kpdeploy.pipeline.levels import ACCURACY_BUDGET, Lower, asked_of, check_latency, rungs_of
+from kpdeploy.pipeline.layout import Wanted, lay_out
+from kpdeploy.pipeline.levels import (
+    ACCURACY_BUDGET,
+    Lower,
+    accepted_of,
+    asked_of,
+    check_latency,
+    golden_of,
+    rungs_of,
+    unusable,
+)
 from kpdeploy.pipeline.measuring import measure, time_here
 from kpdeploy.pipeline.room import told_when_full
 from kpdeploy.progress import Progress
@@ -82,9 +92,11 @@ def export(
     tolerance: Mapping[str, float] | None = None,
     fuse: str = "auto",
     level: str = "1",
-    accuracy_budget: float = ACCURACY_BUDGET,
+    accuracy_budget: str | float = ACCURACY_BUDGET,
     latency_budget_ms: float | None = None,
     calibrate: str | os.PathLike[str] | None = None,
+    tune: str | None = None,
+    memory_budget: str | None = None,
     mount: str = MOUNT,
     serving: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -105,10 +117,15 @@ def export(
         serving: what Manifest.serving holds: how the server shall run the model.
         level: the highest that is tried: "1" changes nothing but rounding, "2" computes in bf16 too, "3" in int8 too,
             "auto" all that this machine has. The fastest that holds its budget is packaged.
-        accuracy_budget: the largest ‖out − ref‖ / ‖ref‖ of levels 2 and 3; level 1 keeps `tolerance`.
+        accuracy_budget: of levels 2 and 3, the largest ‖out − ref‖ / ‖ref‖, or the least that is right by a task's
+            measure, such as "cosine=0.99" or "top1=0.99"; level 1 keeps `tolerance`.
         latency_budget_ms: stop at the first level whose median latency of a single request is within it.
-        calibrate: an .npz of samples for int8, one array per input with the samples along its first axis; without it
-            they are drawn at random from the valid values. The proof asks some of them, too.
+        calibrate: samples for int8: an .npz, one array per input with the samples along its first axis, or a .txt of
+            texts, one a line, where the model brings a tokenizer; without it they are drawn at random from the valid
+            values. The proof asks some of them too, and they are the golden requests.
+        tune: the load to measure instances, threads and allocators for: "latency" or "throughput".
+        memory_budget: what all instances may take together, such as "4GiB": the fastest that fits is packaged, with as
+            many instances and as large a batch as fit.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -120,7 +137,8 @@ def export(
     from kpdeploy.load.calibration import calibration
 
     _check_choices(target, format, fuse, mount)
-    rungs = rungs_of(target, format, level, accuracy_budget, latency_budget_ms)
+    wanted_layout = Wanted.parse(memory_budget, tune, target)
+    rungs, budget = rungs_of(target, format, level, latency_budget_ms), Budget.parse(accuracy_budget)
     tolerances = _tolerances(tolerance)
     # What can be told without the model is told before minutes are spent on it.
     parse_inputs(input)
@@ -131,27 +149,34 @@ def export(
     package.check_publishable(str(repo), model=loaded.name)
     with work_folder() as work, told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
-        samples = calibration(settled.signature, calibrate) if calibrate is not None else []
-        if calibrate is not None:
-            asked += asked_of(samples, settled)
+        samples = calibration(settled.signature, calibrate, loaded.tokenizer) if calibrate is not None else []
+        real = asked_of(samples, settled, budget)
+        if real:
+            baseline = golden_of(real, baseline)
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
         capture = Capture(settled, work)
         wanted = formats_of(target, format)
         fused = {} if fuse == "never" else fuse_for(capture, wanted, progress, must=fuse == "always")
-        candidates = try_formats(capture, fused, wanted, asked, tolerances, progress, plain=fuse != "always")
+        candidates = try_formats(capture, fused, wanted, asked + real, tolerances, progress, plain=fuse != "always")
         fusion = fused.get("cuda", Fusion(()))
-        on_gpu = OnGpu(capture, fusion, asked, samples, tolerances, accuracy_budget, progress)
-        lower = Lower(capture, asked, samples, accuracy_budget, progress, on_gpu)
+        on_gpu = OnGpu(capture, fusion, asked + real, samples, tolerances, budget.as_error, progress)
+        lower = Lower(capture, asked, real, samples, budget, progress, on_gpu)
         for rung in rungs:
             candidates += [lower.candidate(way, candidates) for way in rung]
             candidates, windows = measure(candidates, settled.signature, progress)
-            chosen = fastest(candidates, format, asked)
+            chosen = fastest(candidates, format, asked + real)
             if latency_budget_ms is not None and chosen.latencies[0].p50_ms <= latency_budget_ms:
                 break
         check_latency(candidates, chosen, latency_budget_ms)
+        layout = lay_out(candidates, chosen, settled.signature, wanted_layout, progress)
+        if layout.chosen is not chosen:
+            chosen = layout.chosen
+            _, windows = measure([chosen], settled.signature, progress)
+        told += [*unusable(level), *layout.decisions]
         decisions = (*settled.decisions, *told, *capture.decisions, *_decided(target, candidates, chosen, fused))
-        manifest = _manifest(settled, target, candidates, chosen, tolerances, decisions)
-        manifest = replace(manifest, mount=mount, serving=dict(serving or {}))
+        accepted = accepted_of(budget, chosen, baseline) if chosen.level > 1 else tolerances
+        manifest = _manifest(settled, target, candidates, chosen, accepted, decisions)
+        manifest = layout.within(replace(manifest, mount=mount, serving=dict(serving or {})))
         baseline = replace(baseline, windows=windows)
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, baseline)
@@ -297,7 +322,7 @@ def _decided(
         yield Applied(what="pt2 is machine code for this CPU", detail="serve it where it was exported, or export there")
     if chosen.level > 1:
         worst = chosen.verdict.worst
-        detail = f"error {worst.error:.1e}, at most {worst.tolerance:.0e} was asked for; cosine {worst.cosine:.6f}"
+        detail = f"{worst} was asked for; cosine {worst.cosine:.6f}"
         yield Applied(what=f"level {chosen.level}", detail=detail)
     elif chosen.format == "openvino":
         detail = "NVIDIA's openvino backend has no setting for it, and takes bf16 on CPUs that have it"

@@ -60,7 +60,7 @@ def auto_optimize(
     repo: str | os.PathLike[str] = "models",
     format: str = "auto",
     level: str = "auto",
-    accuracy_budget: float = ACCURACY_BUDGET,
+    accuracy_budget: str | float = ACCURACY_BUDGET,
     latency_budget_ms: float | None = None,
     calibrate: str | os.PathLike[str] | None = None,
     name: str | None = None,

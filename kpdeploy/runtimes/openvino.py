@@ -1,5 +1,6 @@
 """OpenVINO on the CPU. Settings: `threads`, `precision` (f32 or bf16; the plugin's own default is bf16 where the CPU
-has it, which is not what an f32 model was proven with)."""
+has it, which is not what an f32 model was proven with), `activation_group` (of products with int8 weights: so many
+numbers of a row share a scale that is found at run time; 0: none is)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ def load(
     config: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": settings.get("precision", "f32"),
         "PERFORMANCE_HINT": "LATENCY",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(settings.get("activation_group", 0)),
     }
     if threads := settings.get("threads", 0):
         config["INFERENCE_NUM_THREADS"] = threads

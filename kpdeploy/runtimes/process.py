@@ -25,7 +25,8 @@ WORKER = Path(__file__).with_name("worker.py")
 class RuntimeProcess:
     """An artifact loaded from disk in a process of its own. A context manager: the process ends with it.
 
-    `runtime_file` and `python` put another runtime, or another environment's, in the place of the artifact's own.
+    `runtime_file` and `python` put another runtime, or another environment's, in the place of the artifact's own;
+    `preload` is the path of a library that the process gets before all others.
 
     Raises:
         ProofFailed: the artifact cannot be loaded or run, with the runtime's own words.
@@ -38,10 +39,12 @@ class RuntimeProcess:
         *,
         runtime_file: Path | None = None,
         python: str = sys.executable,
+        preload: str = "",
     ) -> None:
         self.artifact = artifact
         self.runtime_file = runtime_file or source(artifact.format)
         self.python = python
+        self.preload = preload
         self.settings = dict(artifact.settings if settings is None else settings)
         self.peak_bytes = 0
 
@@ -67,7 +70,7 @@ class RuntimeProcess:
             stderr=self._log,
             text=True,
             # What a runtime unpacks for itself (AOTInductor does) ends with this process's folder.
-            env={**os.environ, "TMPDIR": str(self._folder)},
+            env={**os.environ, "TMPDIR": str(self._folder), **({"LD_PRELOAD": self.preload} if self.preload else {})},
         )
 
     def _job(self) -> dict[str, Any]:
@@ -100,6 +103,15 @@ class RuntimeProcess:
             found = [file[str(i)] for i in range(len(file.files))]
         into.unlink()
         return found
+
+    def reset_peak(self) -> int:
+        """Forget the largest size so far: `peak_bytes` begins anew from the present size, which is returned."""
+        self._ask({"reset_peak": True}, "run")
+        return self.peak_bytes
+
+    def memory(self) -> list[dict[str, Any]]:
+        """What the runtime holds on devices other than the host: what, bytes, device. Empty where it tells nothing."""
+        return list(self._ask({"memory": True}, "run")["parts"])
 
     def time(self, arrays: Sequence[Array], *, seconds: float, at_least: int) -> list[float]:
         """Milliseconds of single calls, for about `seconds`."""

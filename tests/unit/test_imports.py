@@ -20,6 +20,7 @@ LAYERS = (
     {
         "signature",
         "inputs",
+        "memory",
         "model",
         "baseline",
         "deployment",

@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 from kpdeploy.artifact import Manifest
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import DigestMismatch
-from kpdeploy.hardware import detect, packages
+from kpdeploy.hardware import detect, memory_bytes, packages
+from kpdeploy.memory import MemoryPlan, point_told, size
 from kpdeploy.ops.libraries import contract
 from kpdeploy.serving.triton.containers import (
     CALL_SPEC_SINCE,
@@ -112,6 +113,8 @@ def check(manifest: Manifest, folder: Path, where: Container, config: Any | None
     `folder` holds the version's files. `config`, its ModelConfig, is looked at for the paths of kernel libraries.
     """
     decisions = [_files(manifest, folder), *_runtime_decisions(manifest, needs(manifest, folder), where)]
+    if where.tag == HERE and manifest.memory:
+        decisions.append(_memory(MemoryPlan.from_json(manifest.memory)))
     if config is not None and where.tag != HERE:
         decisions += _library_paths(manifest, config)
     return Compatibility(manifest=manifest, decisions=tuple(decisions))
@@ -267,6 +270,15 @@ def _meets(need: Need, where: Container, origins: Mapping[str, str]) -> Decision
     if origin:
         return Skipped(what=need.what, reason=f"{NOT_KNOWN}: needs {wanted}; {origin} had {found}, later is not told")
     return Skipped(what=need.what, reason=f"needs {wanted}; there is {found}{_alpha(found, need.least)}")
+
+
+def _memory(plan: MemoryPlan) -> Decision:
+    """Does what was planned for all instances fit into this machine?"""
+    there, measured = memory_bytes(), f", measured {size(plan.measured_bytes)}" if plan.measured_bytes else ""
+    planned = f"{plan.instances} x {size(plan.instance_bytes())} planned {point_told(plan)}{measured}"
+    if plan.total_bytes() > there:
+        return Skipped(what="memory", reason=f"{planned}; this machine has {size(there)}")
+    return Applied(what="memory", detail=f"{planned}; this machine has {size(there)}")
 
 
 def _alpha(found: str, least: str) -> str:

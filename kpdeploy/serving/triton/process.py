@@ -45,7 +45,7 @@ def command(environment: ServerEnvironment, ports: Ports, space: Scratch) -> lis
 class TritonProcess:
     """A tritonserver, and its python stubs, in a process group of their own. Ends with this process, even killed."""
 
-    def __init__(self, environment: ServerEnvironment, ports: Ports, space: Scratch) -> None:
+    def __init__(self, environment: ServerEnvironment, ports: Ports, space: Scratch, *, preload: str = "") -> None:
         self._space = space
         launcher = Path(__file__).with_name("launcher.py")
         with space.log.open("ab") as log:
@@ -54,7 +54,7 @@ class TritonProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment.variables(),
+                env={**environment.variables(), **({"LD_PRELOAD": preload} if preload else {})},
                 start_new_session=True,
                 pass_fds=(space.lock,),
             )

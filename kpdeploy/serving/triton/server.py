@@ -16,6 +16,7 @@ from kpdeploy.artifact import Comparison
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied, UnknownName
+from kpdeploy.hardware.allocators import find_allocator
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import PACKAGES
 from kpdeploy.serving.client import connect, replay
@@ -149,7 +150,8 @@ class Server:
         backends = self._space.folder / "backends"
         link_backends(backends, self._environment.python_backend, backends_dir=self._backends_dir)
         with self._progress.step("starting tritonserver and loading the models"):
-            self._process = TritonProcess(self._environment, self.ports, self._space)
+            preload = _allocator(deployments, self._progress)
+            self._process = TritonProcess(self._environment, self.ports, self._space, preload=preload)
             self._await_loaded(deadline)
         with self._progress.step("sending the golden requests", total=len(deployments)) as advance:
             for deployment in deployments:
@@ -289,6 +291,16 @@ class Server:
             target.unlink()
         shutil.rmtree(target, ignore_errors=True)
         self._progress.say(f"{model}: removed from the repository, and no longer served")
+
+
+def _allocator(deployments: Sequence[Deployment], progress: Progress) -> str:
+    """The path of the allocator that a model was measured to run best with, or ""."""
+    for deployment in deployments:
+        if name := deployment.manifest.serving.get("allocator"):
+            if path := find_allocator(name):
+                return path
+            progress.say(f"{deployment.model} was measured with {name}, which is not on this machine: it does without")
+    return ""
 
 
 def published(repo: str) -> dict[str, tuple[int, int]]:

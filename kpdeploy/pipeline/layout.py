@@ -1,0 +1,105 @@
+"""How a chosen artifact is laid out on the machine that serves it: its memory, instances and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kpdeploy.artifact import Manifest
+from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.errors import UnknownName
+from kpdeploy.hardware import memory_bytes, usable_cores
+from kpdeploy.memory import MemoryPlan, parse_bytes, point_told, size
+from kpdeploy.pipeline.candidates import Candidate
+from kpdeploy.pipeline.memory import check_fits, plan_memory
+from kpdeploy.pipeline.tuning import LOADS, Tuning, settings_of, tune
+from kpdeploy.progress import Progress
+from kpdeploy.signature import Signature
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the user said about it: the budget in bytes (None: what the machine has), and the load ("": none)."""
+
+    budget_bytes: int | None = None
+    load: str = ""
+
+    @classmethod
+    def parse(cls, memory_budget: str | None, load: str | None, target: str) -> Wanted:
+        """Raises:
+        UnknownName: no such load, no amount of memory, or a target whose instances are not set.
+        """
+        from kpdeploy.load import choose
+
+        if load is not None:
+            choose("load", load, LOADS)
+            if target != "triton":
+                raise UnknownName(
+                    f"instances and threads are not set for {target}",
+                    why="its workers are those of its own configuration",
+                    next_step="leave --tune out, or export for --target triton",
+                )
+        return cls(budget_bytes=None if memory_budget is None else parse_bytes(memory_budget), load=load or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The candidate that is packaged, its memory plan, and what was tuned (None: nothing)."""
+
+    chosen: Candidate
+    plan: MemoryPlan
+    tuning: Tuning | None
+    decisions: tuple[Decision, ...]
+
+    def within(self, manifest: Manifest) -> Manifest:
+        """The manifest of the chosen candidate, with this layout in it."""
+        threads, serving = settings_of(self.tuning) if self.tuning is not None else ({}, {})
+        return replace(
+            manifest,
+            max_batch_size=min(manifest.max_batch_size, self.plan.rows),
+            settings={**manifest.settings, **threads},
+            serving={**manifest.serving, **serving},
+            memory=self.plan.to_json(),
+            tuning=self.tuning.to_json() if self.tuning is not None else {},
+        )
+
+
+def lay_out(
+    candidates: Sequence[Candidate], chosen: Candidate, signature: Signature, wanted: Wanted, progress: Progress
+) -> Layout:
+    """Plan the memory of what will be packaged, or of the fastest that fits into the budget; then measure its layouts.
+
+    Raises:
+        MemoryExceeded: nothing fits into the budget.
+        ProofFailed: the artifact cannot be run.
+    """
+    most = max(1, int(usable_cores())) if wanted.load == "throughput" else 1
+    told: list[Decision] = []
+    with progress.step("planning its memory"):
+        if wanted.budget_bytes is not None:
+            chosen, plan = check_fits(candidates, signature, wanted.budget_bytes, most)
+            told.append(_fitted(chosen, plan, wanted.budget_bytes))
+        else:
+            assert chosen.artifact is not None
+            assert chosen.verdict is not None
+            rows = max(1, chosen.verdict.max_batch_size)
+            plan = plan_memory(chosen.artifact, signature, rows=rows)
+            plan = plan.of(rows=plan.rows, instances=max(1, min(most, memory_bytes() // plan.instance_bytes())))
+    tuning = None
+    if wanted.load and chosen.format == "cuda":
+        told.append(Skipped(what=f"tuning for {wanted.load}", reason="its work is the GPU's, not that of threads here"))
+    elif wanted.load:
+        assert chosen.artifact is not None
+        tuning = tune(chosen.artifact, signature, wanted.load, progress, most_instances=plan.instances)
+        told += tuning.decisions
+    plan = plan.of(rows=plan.rows, instances=tuning.chosen.layout.instances if tuning is not None else 1)
+    return Layout(chosen=chosen, plan=plan, tuning=tuning, decisions=tuple(told))
+
+
+def _fitted(chosen: Candidate, plan: MemoryPlan, budget_bytes: int) -> Decision:
+    assert chosen.verdict is not None
+    what = f"memory of at most {size(budget_bytes)}"
+    if plan.rows < chosen.verdict.max_batch_size:
+        reason = f"{plan.rows} rows of {chosen.verdict.max_batch_size} fit, {point_told(plan)}"
+        return Skipped(what=f"batches of more than {plan.rows} rows", reason=reason)
+    return Applied(what=what, detail=f"planned {size(plan.largest_bytes)}, {point_told(plan)}")
