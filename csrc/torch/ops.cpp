@@ -31,6 +31,10 @@ extern "C" __attribute__((visibility("default"))) int kpdeploy_use_gpu_providers
   return kpdeploy_set_gpu_providers(nullptr, rows);
 }
 
+extern "C" __attribute__((visibility("default"))) int kpdeploy_use_constant_weights(int constant) {
+  return kpdeploy_set_constant_weights(constant);
+}
+
 namespace {
 
 using torch::stable::Tensor;
