@@ -35,6 +35,8 @@ from kpdeploy.ops.libraries import TORCH, find  # noqa: E402
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
+Graph = tuple[torch.cuda.CUDAGraph, int]
+"""And how many calls it holds."""
 BF16, F8 = torch.bfloat16, torch.float8_e4m3fn
 L2_BYTES = 50 << 20
 COLUMNS = ["device", "op", "dtype", "activation", "rows", "inputs", "outputs", "provider"]
@@ -45,7 +47,8 @@ class Library:
     """The provider of products, forced or as measured."""
 
     def __init__(self, path: Path) -> None:
-        self.set = ctypes.CDLL(str(path)).kpdeploy_use_gpu_providers
+        library = ctypes.CDLL(str(path))
+        self.set, self.use_constant_weights = library.kpdeploy_use_gpu_providers, library.kpdeploy_use_constant_weights
         self.set.argtypes = (ctypes.c_char_p,)
 
     def use(self, provider: str, **call: Any) -> None:
@@ -55,17 +58,23 @@ class Library:
         text = f"{head}\n{row}\n".encode() if provider else None
         assert self.set(text) == 0
 
+    def with_constant_weights(self, run: Sequence[Call], floor: float = 0) -> Graph:
+        """The graph of calls whose weights are known not to change."""
+        self.use_constant_weights(1)
+        try:
+            return graph_of(run, floor)
+        finally:
+            self.use_constant_weights(0)
+
 
 def new(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
     return torch.randn(shape, device="cuda", dtype=torch.float32).to(dtype)
 
 
-Graph = tuple[torch.cuda.CUDAGraph, int]
-
-
-def graph_of(run: Sequence[Call]) -> Graph:
-    """A graph of at least 20 calls, each input set in turn, and how many they are."""
-    rounds = -(-20 // len(run))
+def graph_of(run: Sequence[Call], floor: float = 0) -> Graph:
+    """A graph of at least 20 calls, each input set in turn. What takes `floor` microseconds fills 4 ms: a chip that is
+    at its limit of power slows down within that time, and a way that draws more shall not be helped by the others."""
+    rounds = -(-max(20, round(4000 / floor) if floor > 15 else 0) // len(run))
     for one in run:
         one()
     torch.cuda.synchronize()
@@ -138,38 +147,59 @@ def sets_of(bytes_each: int) -> range:
     return range(max(1, min(16, -(-3 * L2_BYTES // bytes_each))))
 
 
-SHAPES = ((4096, 1024, 4096), (1024, 768, 3072), (1, 1024, 4096), (16, 1024, 4096), (128, 1024, 4096))
-"""Rows, inputs, outputs."""
+BOTH = ("gelu", "gelu_tanh")
+ENCODER = ((768, 2304, ("none",)), (768, 768, ("none",)), (768, 3072, ("gelu",)), (3072, 768, ("none",)))
+"""Of BERT-base and ViT-B/16: queries, keys and values at once, what follows attention, and the two of the MLP."""
+DECODER = ((2048, 3072, ("none",)), (2048, 2048, ("none",)), (8192, 2048, ("none",)))
+"""Of a Llama of 1B, beside its gated product."""
+SHAPES = (
+    *((rows, 1024, 4096, BOTH) for rows in (4096, 1, 16, 128)),
+    (1024, 768, 3072, ("gelu_tanh",)),
+    *((rows, *of) for rows in (128, 1024, 6304, 12288) for of in ENCODER),
+    *((rows, *of) for rows in (1, 32, 2048) for of in DECODER),
+)
+"""Rows, inputs, outputs, activations."""
+GATED = ((4096, 1024, 4096), (1, 1024, 4096), (16, 1024, 4096), (1, 2048, 8192), (32, 2048, 8192), (2048, 2048, 8192))
+
+
+def separately(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, activation: str) -> torch.Tensor:
+    """torch's linear, and then its activation."""
+    out = functional.linear(x, w, b)
+    if activation == "none":
+        return out
+    return functional.gelu(out, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def linears(library: Library, measured: Row) -> list[Row]:
     rows: list[Row] = []
     ops = torch.ops.kpdeploy
-    for m, k, n in SHAPES:
+    for m, k, n, activations in SHAPES:
         sets = sets_of(2 * (m * k + n * k + m * n))
         xs, ws, b = [new(m, k) for _ in sets], [new(n, k) / k**0.5 for _ in sets], new(n)
         floor = floor_us(measured, 2 * (m * k + n * k + m * n), 2 * m * n * k, "bf16")
-        for activation in ("gelu", "gelu_tanh"):
-            form = "tanh" if activation == "gelu_tanh" else "none"
+        for activation in activations:
             call = {"op": "linear_activation", "dtype": "bfloat16", "activation": activation}
             call |= {"rows": m, "inputs": k, "outputs": n}
             ours = [lambda i=i: ops.linear_activation(xs[i], ws[i], b, activation) for i in sets]
-            separate = [lambda i=i: functional.gelu(functional.linear(xs[i], ws[i], b), approximate=form) for i in sets]
-            theirs = [lambda i=i: torch._addmm_activation(b, xs[i], ws[i].t(), use_gelu=True) for i in sets]
+            separate = [lambda i=i: separately(xs[i], ws[i], b, activation) for i in sets]
             row: Row = call | {"floor_us": floor, "us": {}, "error": {}}
             (ref,) = calls.reference(OPS["linear_activation"], (xs[0], ws[0], b, activation))
             row["error"]["separate"] = error(separate[0](), ref)
-            graphs = {"separate": graph_of(separate), "cublaslt_epilogue_tanh": graph_of(theirs)}
-            for provider in ("kpdeploy", "cublaslt") if form == "tanh" else ("kpdeploy",):
+            graphs = {"separate": graph_of(separate, floor)}
+            if activation != "none":
+                theirs = [lambda i=i: torch._addmm_activation(b, xs[i], ws[i].t(), use_gelu=True) for i in sets]
+                graphs["cublaslt_epilogue_tanh"] = graph_of(theirs, floor)
+            for provider in ("kpdeploy",) if activation == "gelu" else ("kpdeploy", "cublaslt"):
                 library.use(provider, **call)
                 row["error"][provider] = error(poisoned(ours[0]), ref)
-                graphs[provider] = graph_of(ours)
+                graphs[provider] = graph_of(ours, floor)
+                if provider == "kpdeploy":
+                    graphs["kpdeploy_constant_weights"] = library.with_constant_weights(ours, floor)
             library.use("")
-            graphs["chosen"] = graph_of(ours)
-            row["us"] = compared(graphs)
+            row["us"] = compared(graphs, replays=15 if m < 4096 else 9)
             rows.append(row)
             print(row, flush=True)
-    for m, k, n in ((4096, 1024, 4096), (1, 1024, 4096), (16, 1024, 4096)):
+    for m, k, n in GATED:
         sets = sets_of(2 * (m * k + 2 * n * k + m * n))
         xs, ws, gs = ([new(*s) / s[1] ** 0.5 for _ in sets] for s in ((m, k), (n, k), (n, k)))
         xs = [x * k**0.5 for x in xs]
@@ -179,7 +209,9 @@ def linears(library: Library, measured: Row) -> list[Row]:
         ]
         row = {"op": "gated_linear", "dtype": "bfloat16", "rows": m, "inputs": k, "outputs": n}
         row["floor_us"] = floor_us(measured, 2 * (m * k + 2 * n * k + m * n), 4 * m * n * k, "bf16")
-        row["us"] = compared({"kpdeploy": graph_of(ours), "separate": graph_of(separate)})
+        floor = row["floor_us"]
+        graphs = {"kpdeploy": graph_of(ours, floor), "separate": graph_of(separate, floor)}
+        row["us"] = compared(graphs | {"kpdeploy_constant_weights": library.with_constant_weights(ours, floor)})
         (ref,) = calls.reference(OPS["gated_linear"], (xs[0], gs[0], ws[0]))
         row["error"] = {"kpdeploy": error(poisoned(ours[0]), ref), "separate": error(separate[0](), ref)}
         rows.append(row)
@@ -187,41 +219,58 @@ def linears(library: Library, measured: Row) -> list[Row]:
     return rows
 
 
-def fp8_linears(measured: Row) -> list[Row]:
+FP8_SHAPES = (
+    *((rows, 1024, 4096, "gelu") for rows in (4096, 16)),
+    (8192, 4096, 16384, "gelu"),
+    *((rows, k, n, activation) for rows in (128, 1024, 6304, 12288) for k, n, (activation,) in ENCODER),
+    *((rows, k, n, "none") for rows in (32, 2048) for k, n, _ in DECODER),
+)
+
+
+def fp8_linears(library: Library, measured: Row) -> list[Row]:
     rows: list[Row] = []
     ops = torch.ops.kpdeploy
     one = torch.ones(1, device="cuda")
-    for m, k, n in ((4096, 1024, 4096), (8192, 4096, 16384), (16, 1024, 4096)):
+    for m, k, n, activation in FP8_SHAPES:
         sets = sets_of(m * k + n * k + 2 * m * n)
         xs, ws, b = [new(m, k) for _ in sets], [new(n, k) / k**0.5 for _ in sets], new(n)
         x8, w8 = [x.to(F8) for x in xs], [w.to(F8) for w in ws]
         each, every = torch.rand(m, 1, device="cuda") + 0.5, torch.rand(n, device="cuda") + 0.5
         arguments = {
-            "kpdeploy": lambda i: (x8[i], w8[i], one, one, b, None, "gelu"),
-            "kpdeploy_row_scales": lambda i: (x8[i], w8[i], each, every, b, None, "gelu"),
-            "kpdeploy_fp8_out": lambda i: (x8[i], w8[i], one, one, b, one, "gelu"),
+            "kpdeploy": lambda i: (x8[i], w8[i], one, one, b, None, activation),
+            "kpdeploy_row_scales": lambda i: (x8[i], w8[i], each, every, b, None, activation),
+            "kpdeploy_fp8_out": lambda i: (x8[i], w8[i], one, one, b, one, activation),
         }
         ways: dict[str, Sequence[Call]] = {
             name: [lambda i=i, of=of: ops.fp8_linear_activation(*of(i)) for i in sets] for name, of in arguments.items()
         }
-        ways["separate_bf16"] = [lambda i=i: functional.gelu(functional.linear(xs[i], ws[i], b)) for i in sets]
-        ways["scaled_mm_then_gelu"] = [
-            lambda i=i: functional.gelu(
-                torch._scaled_mm(x8[i], w8[i].t(), one, one, bias=b, out_dtype=BF16, use_fast_accum=True)
-            )
+        ways["separate_bf16"] = [lambda i=i: separately(xs[i], ws[i], b, activation) for i in sets]
+        scaled = [
+            lambda i=i: torch._scaled_mm(x8[i], w8[i].t(), one, one, bias=b, out_dtype=BF16, use_fast_accum=True)
             for i in sets
         ]
-        row: Row = {"op": "fp8_linear_activation", "activation": "gelu", "rows": m, "inputs": k, "outputs": n}
-        row["floor_us"] = floor_us(measured, m * k + n * k + 2 * m * n, 2 * m * n * k, "fp8")
-        row["us"] = compared({name: graph_of(run) for name, run in ways.items()}, replays=15 if m < 8192 else 5)
+        ways["separate"] = scaled if activation == "none" else [lambda of=of: functional.gelu(of()) for of in scaled]
+        call = {"op": "fp8_linear_activation", "dtype": "float8_e4m3fn", "activation": activation}
+        call |= {"rows": m, "inputs": k, "outputs": n}
+        row: Row = call | {"floor_us": floor_us(measured, m * k + n * k + 2 * m * n, 2 * m * n * k, "fp8")}
+        library.use("kpdeploy", **call)
+        floor = row["floor_us"]
+        graphs = {name: graph_of(run, floor) for name, run in ways.items()}
+        graphs["kpdeploy_constant_weights"] = library.with_constant_weights(ways["kpdeploy"], floor)
+        found = {name: poisoned(ways[name][0]) for name in arguments}
+        if activation == "none":
+            library.use("cublaslt", **call)
+            graphs["cublaslt"] = graph_of(ways["kpdeploy"], floor)
+            found["cublaslt"] = poisoned(ways["kpdeploy"][0])
+        library.use("")
+        row["us"] = compared(graphs, replays=15 if m < 8192 else 5)
         row["error"] = {}
-        for name, of in arguments.items():
-            out = poisoned(ways[name][0])
-            given = (*of(0)[:5], None, "gelu")  # the unrounded result
+        for name, out in found.items():
+            given = (*arguments.get(name, arguments["kpdeploy"])(0)[:5], None, activation)  # the unrounded result
             wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in given)
-            ref = functional.gelu(functional.linear(wide[0] * wide[2], wide[1] * wide[3].reshape(-1, 1), wide[4]))
-            row["error"][name] = error(out, ref)
-            del ref, wide
+            product = functional.linear(wide[0] * wide[2], wide[1] * wide[3].reshape(-1, 1), wide[4])
+            row["error"][name] = error(out, product if activation == "none" else functional.gelu(product))
+            del product, wide
         rows.append(row)
         print(row, flush=True)
     assert "fp8_linear_activation" in GPU_OPS
@@ -231,7 +280,8 @@ def fp8_linears(measured: Row) -> list[Row]:
 def norms(measured: Row) -> list[Row]:
     rows: list[Row] = []
     ops = torch.ops.kpdeploy
-    for m, n in ((4096, 1024), (16384, 4096)):
+    one = torch.ones(1, device="cuda")
+    for m, n in ((4096, 1024), (16384, 4096), (128, 768), (1024, 768), (12288, 768), (1, 2048), (2048, 2048)):
         sets = sets_of(2 * 4 * m * n)
         xs, rs, w, b = [new(m, n) for _ in sets], [new(m, n) for _ in sets], new(n), new(n)
         both = {
@@ -246,15 +296,26 @@ def norms(measured: Row) -> list[Row]:
                 (xs[0], rs[0], w, 1e-6),
             ),
         }
+        quantized = {
+            "add_layer_norm": [lambda i=i: ops.fp8_add_layer_norm(xs[i], rs[i], w, b, 1e-5, one) for i in sets],
+            "add_rms_norm": [lambda i=i: ops.fp8_add_rms_norm(xs[i], rs[i], w, 1e-6, one) for i in sets],
+        }
         source = [torch.stack((x, r)) for x, r in zip(xs, rs, strict=True)]
         target = [torch.empty_like(s) for s in source]
         copies = [lambda i=i: target[i].copy_(source[i]) for i in sets]
         for op, (ours, theirs, arguments) in both.items():
             row: Row = {"op": op, "dtype": "bfloat16", "rows": m, "width": n}
             row["floor_us"] = floor_us(measured, 8 * m * n, 0, "bf16")
-            run_by = {"kpdeploy": ours, "torch": theirs, "copy_of_as_many_bytes": copies}
+            run_by = {
+                "kpdeploy": ours,
+                "torch": theirs,
+                "copy_of_as_many_bytes": copies,
+                "and_quantized": quantized[op],
+            }
             row["us"] = compared({name: graph_of(run) for name, run in run_by.items()})
-            row["gb_s"] = {name: round(8 * m * n / us / 1e3) for name, us in row["us"].items() if name != "torch"}
+            row["gb_s"] = {
+                name: round(8 * m * n / row["us"][name] / 1e3) for name in ("kpdeploy", "copy_of_as_many_bytes")
+            }
             ref = calls.reference(OPS[op], arguments)[0]
             row["error"] = {"kpdeploy": error(poisoned(ours[0]), ref), "torch": error(theirs[0](), ref)}
             rows.append(row)
@@ -263,10 +324,10 @@ def norms(measured: Row) -> list[Row]:
 
 
 def measured_rows(found: list[Row]) -> str:
-    """The table of who multiplies: the fastest that computes the op, by row of `linears`."""
+    """The table of who multiplies: the fastest that computes the op, of the products that have a choice."""
     lines = ["\t".join(COLUMNS)]
     for row in found:
-        if row["op"] != "linear_activation":
+        if row["op"] == "gated_linear":
             continue
         us = row["us"]
         theirs = us.get("cublaslt", "")
@@ -311,11 +372,11 @@ def main() -> int:
     if options.only in (None, "linears"):
         report["linears"] = linears(Library(path), report["rates"])
     if options.only in (None, "fp8"):
-        report["fp8"] = fp8_linears(report["rates"])
+        report["fp8"] = fp8_linears(Library(path), report["rates"])
     if options.only in (None, "norms"):
         report["norms"] = norms(report["rates"])
     if options.measure:
-        options.measure.write_text(measured_rows(report["linears"]))
+        options.measure.write_text(measured_rows(report["linears"] + report["fp8"]))
     if options.json:
         written(options.json, report)
     return 0

@@ -44,6 +44,7 @@ struct CudaLinear {
   int64_t rows, n, k;
   int activation;
   bool gated;
+  bool constant;  // no kernel that is under way writes weights, bias or their scales
   // Only where x and weights are of 8 bits: the scale of each, one or one a row; null out_scale: out is bfloat16.
   const float *x_scale, *weight_scale, *gate_scale, *out_scale;
   bool x_scale_rows, weight_scale_rows, gate_scale_rows;

@@ -3,6 +3,7 @@
 
 #include "gpu_choice.h"
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -53,6 +54,8 @@ std::vector<Row> parsed(const std::string& text) {
   return rows;
 }
 
+constexpr double kNear = 2;  // a number of rows goes where the nearest that was measured does, up to so many times as many
+
 std::mutex mutex;
 std::shared_ptr<const std::vector<Row>> current;
 
@@ -65,11 +68,18 @@ Chosen chosen_for(const char* device, const CudaLinear& a, int dtype) {
     if (!current) current = std::make_shared<const std::vector<Row>>(parsed(kMeasured));
     rows = current;
   }
-  for (const Row& row : *rows)
-    if (row.rows == a.rows && row.n == a.n && row.k == a.k && row.dtype == dtype && row.gated == a.gated &&
-        (a.gated || row.activation == a.activation) && row.device == device)
-      return row.chosen;
-  return Chosen::kUnmeasured;
+  Chosen chosen = Chosen::kUnmeasured;
+  double apart = kNear;
+  for (const Row& row : *rows) {
+    const double more = static_cast<double>(std::max(row.rows, a.rows)) / std::max<int64_t>(1, std::min(row.rows, a.rows));
+    if (more > apart || (more == apart && chosen != Chosen::kUnmeasured)) continue;
+    if (row.n == a.n && row.k == a.k && row.dtype == dtype && row.gated == a.gated &&
+        (a.gated || row.activation == a.activation) && row.device == device) {
+      chosen = row.chosen;
+      apart = more;
+    }
+  }
+  return chosen;
 }
 
 }  // namespace kpdeploy

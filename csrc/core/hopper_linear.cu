@@ -6,13 +6,11 @@
 // Few rows (up to 64): out^T = weight x^T, 64 rows of the weight to a block; the blocks of a cluster share out K, and
 // add their sums through each other's shared memory. The weight is read once.
 
-#include <math.h>
-
 #include <algorithm>
 
-#include "hopper.cuh"
+#include "hopper_finish.cuh"
 #include "hopper_linear.h"
-#include "wgmma.cuh"
+#include "hopper_shares.h"
 
 namespace kpdeploy {
 
@@ -32,120 +30,9 @@ CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int item_byte
 
 namespace {
 
-constexpr int kLine = 128;  // bytes of K in a stage
 constexpr int kTileRows = 128;
 constexpr int kGroups = 2, kConsumers = kGroups * 4;  // warpgroups that multiply, and their warps
 constexpr int kThreads = kGroups * 128 + 128;         // and a warpgroup, one thread of which loads
-constexpr int kShared = 227 << 10;
-
-template <class T>
-constexpr bool kIsF8 = std::is_same_v<T, f8>;
-
-// What becomes of a sum: scaled (8-bit x and weight only), biased, activated, scaled for an 8-bit out.
-struct Finish {
-  const void* bias;
-  const float *x_scale, *weight_scale, *gate_scale, *out_scale;
-  int x_scale_step, weight_scale_step, gate_scale_step;  // 0: one for all
-  // v / (1 + 2^(v (c0 + c1 v^2 + ...))), or v / 2 (1 + tanh(v (half0 + half1 v^2 + ...))), v^2 up to `most` in the
-  // polynomials; else max(v, least).
-  bool smooth;
-  float c[5], half[3], most, least;
-};
-
-Finish finish_of(const CudaLinear& a) {
-  Finish f{};
-  f.bias = a.bias;
-  f.x_scale = a.x_scale;
-  f.weight_scale = a.weight_scale;
-  f.out_scale = a.out_scale;
-  f.x_scale_step = a.x_scale_rows;
-  f.weight_scale_step = a.weight_scale_rows;
-  f.gate_scale = a.gate_scale;
-  f.gate_scale_step = a.gate_scale_rows;
-  f.least = a.activation == KPDEPLOY_RELU ? 0 : -INFINITY;
-  f.most = 1e4f;
-  const int activation = a.gated ? static_cast<int>(KPDEPLOY_SILU) : a.activation;
-  f.smooth = activation == KPDEPLOY_GELU || activation == KPDEPLOY_GELU_TANH || activation == KPDEPLOY_SILU;
-  // log(Phi(v) / Phi(-v)) / v in powers of v^2, fitted for v^2 <= 25: GELU by erf within 1e-5 of its value, or 3e-5.
-  static const float kErf[5] = {1.5955501f, 0.07317247f, -3.7566669e-4f, -3.9307416e-5f, 1.1411932e-6f};
-  static const float kShortErf[3] = {1.5951197f, 0.07393136f, -6.9194020e-4f};
-  static const float kTanh[5] = {1.59576912f, 0.07135481f, 0, 0, 0}, kSilu[5] = {1, 0, 0, 0, 0};
-  const bool by_erf = activation == KPDEPLOY_GELU;
-  const float* const c = by_erf ? kErf : activation == KPDEPLOY_GELU_TANH ? kTanh : kSilu;
-  if (by_erf) f.most = 25;
-  for (int i = 0; i < 5; ++i) f.c[i] = -1.44269504f * c[i];
-  for (int i = 0; i < 3; ++i) f.half[i] = 0.5f * (by_erf ? kShortErf : c)[i];
-  return f;
-}
-
-__device__ inline float exp2_of(float v) {
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(e) : "f"(v));
-  return e;
-}
-
-__device__ inline float inverse_of(float v) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(v));
-  return r;
-}
-
-__device__ inline float power_of(const Finish& f, float v) {
-  const float s = fminf(v * v, f.most);
-  const float p = fmaf(fmaf(fmaf(fmaf(f.c[4], s, f.c[3]), s, f.c[2]), s, f.c[1]), s, f.c[0]);
-  return exp2_of(fminf(v * p, 60));
-}
-
-__device__ inline float tanh_of(float v) {
-  float t;
-  asm("tanh.approx.f32 %0, %1;\n" : "=f"(t) : "f"(v));
-  return t;
-}
-
-// Two at once. Exact: within 1e-5, by one division for both, for float16; else by the GPU's own tanh, whose 2^-11 is a
-// quarter of what rounding to bfloat16 takes, in half the instructions.
-template <bool kSmooth, bool kExact>
-__device__ inline void activate(const Finish& f, float& a, float& b) {
-  if constexpr (!kSmooth) {
-    a = a < f.least ? f.least : a;
-    b = b < f.least ? f.least : b;
-  } else if constexpr (kExact) {
-    const float p = 1 + power_of(f, a), q = 1 + power_of(f, b), r = inverse_of(p * q);
-    a *= r * q;
-    b *= r * p;
-  } else {
-    const float s = fminf(a * a, f.most), t = fminf(b * b, f.most);
-    const float c = a * 0.5f, d = b * 0.5f;
-    a = fmaf(c, tanh_of(a * fmaf(fmaf(f.half[2], s, f.half[1]), s, f.half[0])), c);
-    b = fmaf(d, tanh_of(b * fmaf(fmaf(f.half[2], t, f.half[1]), t, f.half[0])), d);
-  }
-}
-
-template <class Out>
-constexpr bool kExact = std::is_same_v<Out, f16>;
-
-template <class Out>
-__device__ inline uint32_t packed(float a, float b) {
-  if constexpr (kIsF8<Out>)
-    return __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
-  else
-    return pack<Out>(a, b);
-}
-
-template <class T>
-__device__ inline float2 unpacked(uint32_t both) {
-  const auto v = *reinterpret_cast<const Vector<T, 2>*>(&both);
-  return {to_float(v.item[0]), to_float(v.item[1])};
-}
-
-template <class T>
-using BiasOf = std::conditional_t<kIsF8<T>, bf16, T>;
-
-struct Grid {
-  int rows, columns;  // of out
-  int steps;          // along K
-  int down, across;   // tiles
-};
 
 template <class T, class Out, int kColumns, bool kGated>
 struct Tile {
@@ -407,7 +294,8 @@ template <class T, class Out, int kRows, bool kGated>
 __global__ void __launch_bounds__(kFewThreads)
     multiply_few_rows(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                       const __grid_constant__ CUtensorMap gate, Out* const out, const int64_t out_stride,
-                      const __grid_constant__ Finish f, const __grid_constant__ Grid g, const int blocks) {
+                      const __grid_constant__ Finish f, const __grid_constant__ Grid g, const int blocks,
+                      const bool constant) {
   using S = Few<T, kRows, kGated>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t stages = shared_address(memory), received = stages + S::kStages * S::kStage;
@@ -433,12 +321,6 @@ __global__ void __launch_bounds__(kFewThreads)
   __syncthreads();
   if (blocks > 1) cluster_arrive_relaxed();  // this block is there, and takes what others send
   let_next_kernel_begin();
-  if (threadIdx.x == 128)
-    for (int k = begin; k < end && k < begin + S::kStages; ++k) {
-      prefetch_box(weight, k * (kLine / int{sizeof(T)}), column);
-      if (kGated) prefetch_box(gate, k * (kLine / int{sizeof(T)}), column);
-    }
-  wait_for_earlier_kernels();
   int stage = 0, phase = 0;
   const auto advance = [&] {
     if (++stage == S::kStages) {
@@ -447,20 +329,34 @@ __global__ void __launch_bounds__(kFewThreads)
     }
   };
   if (warp == 4) {
-    if (lane == 0)
-      for (int k = begin; k < end; ++k, advance()) {
-        const uint32_t to = stages + stage * S::kStage, barrier = full + 8 * stage;
-        const int at = k * (kLine / int{sizeof(T)});
-        wait_for(empty + 8 * stage, phase ^ 1);
+    if (lane == 0) {
+      constexpr int kStep = kLine / sizeof(T);
+      const auto load_weights = [&](int k, int to) {
+        const uint32_t at = stages + to * S::kStage, barrier = full + 8 * to;
         arrive_expecting(barrier, S::kStage);
-        copy_box(to, weight, at, column, barrier);
-        if (kGated) copy_box(to + 64 * kLine, gate, at, column, barrier);
-        copy_box(to + 64 * S::kWeights * kLine, x, at, 0, barrier);
+        copy_box(at, weight, k * kStep, column, barrier);
+        if (kGated) copy_box(at + 64 * kLine, gate, k * kStep, column, barrier);
+      };
+      const int first = min(end - begin, S::kStages), early = constant ? first : 0;
+      for (int i = 0; i < early; ++i) load_weights(begin + i, i);
+      for (int k = begin + early; k < begin + first; ++k) {
+        prefetch_box(weight, k * kStep, column);
+        if (kGated) prefetch_box(gate, k * kStep, column);
       }
+      wait_for_earlier_kernels();
+      for (int k = begin; k < end; ++k, advance()) {
+        if (k >= begin + early) {
+          wait_for(empty + 8 * stage, phase ^ 1);
+          load_weights(k, stage);
+        }
+        copy_box(stages + stage * S::kStage + 64 * S::kWeights * kLine, x, k * kStep, 0, full + 8 * stage);
+      }
+    }
     __syncwarp();
     if (blocks > 1) cluster_wait();
     return;
   }
+  wait_for_earlier_kernels();
   float sums[S::kWeights][kRows / 2] = {};
   for (int k = begin; k < end; ++k) {
     const uint32_t from = stages + stage * S::kStage;
@@ -577,37 +473,49 @@ __global__ void __launch_bounds__(kFewThreads)
   }
 }
 
-// One or two rows: a warp reads two rows of the weight (one and its gate's), four loads of each at a time.
-template <class T, int kRows, bool kGated>
+// One or two rows: kWarps warps read two rows of the weight (one and its gate's), all that they hold asked for at once.
+template <class T, int kRows, bool kGated, int kWarps>
 __global__ void __launch_bounds__(256) multiply_dots(const T* const x, const int64_t x_stride, const CudaMatrix weight,
                                                      const CudaMatrix gate, T* const out, const int64_t out_stride,
-                                                     const __grid_constant__ Finish f, const int columns, const int k) {
-  constexpr int kAtOnce = 4, kItems = 8, kStep = 32 * kItems;
-  const int lane = threadIdx.x % 32, n = (blockIdx.x * 8 + threadIdx.x / 32) * (kGated ? 1 : 2);
+                                                     const __grid_constant__ Finish f, const int columns, const int k,
+                                                     const bool constant) {
+  constexpr int kAtOnce = 4, kItems = 8, kStep = 32 * kItems * kWarps;
+  __shared__ float parts[8][kRows][2];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = warp % kWarps * 32 + lane;
+  const int n = (blockIdx.x * 8 + warp) / kWarps * (kGated ? 1 : 2);
   let_next_kernel_begin();
-  if (n >= columns) return;
-  const T* const first = static_cast<const T*>(weight.data) + n * weight.stride;
-  const T* const second = kGated ? static_cast<const T*>(gate.data) + n * gate.stride
-                                 : (n + 1 < columns ? first + weight.stride : first);
-  for (int at = lane * 64; at < k; at += 32 * 64) {
-    prefetch(first + at);
-    prefetch(second + at);
-  }
-  wait_for_earlier_kernels();
-  float sums[kRows][2] = {};
-  const auto add = [&](int at, auto count) {  // `count` chunks, all asked for before the first is used
-    uint4 w[2][count.value], v[kRows][count.value];
+  const int at_first = min(n, columns - 1), at_second = min(n + 1, columns - 1);
+  const T* const first = static_cast<const T*>(weight.data) + at_first * weight.stride;
+  const T* const second = kGated ? static_cast<const T*>(gate.data) + at_first * gate.stride
+                                 : static_cast<const T*>(weight.data) + at_second * weight.stride;
+  uint4 w[2][kAtOnce];
+  const auto ask = [&](int at) {
 #pragma unroll
-    for (int i = 0; i < count.value; ++i) {
-      w[0][i] = __ldcs(reinterpret_cast<const uint4*>(first + at + i * kStep));
-      w[1][i] = __ldcs(reinterpret_cast<const uint4*>(second + at + i * kStep));
+    for (int i = 0; i < kAtOnce; ++i) {
+      const bool there = at + i * kStep < k;
+      w[0][i] = there ? __ldcs(reinterpret_cast<const uint4*>(first + at + i * kStep)) : uint4{};
+      w[1][i] = there ? __ldcs(reinterpret_cast<const uint4*>(second + at + i * kStep)) : uint4{};
     }
+  };
+  if (constant)
+    ask(place * kItems);
+  else
+    for (int at = place * 64; at < k; at += kWarps * 32 * 64) {
+      prefetch(first + at);
+      prefetch(second + at);
+    }
+  wait_for_earlier_kernels();
+  if (!constant) ask(place * kItems);
+  float sums[kRows][2] = {};
+  for (int at = place * kItems; at < k;) {
+    uint4 v[kRows][kAtOnce];
 #pragma unroll
-    for (int i = 0; i < count.value; ++i)
+    for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) v[r][i] = *reinterpret_cast<const uint4*>(x + r * x_stride + at + i * kStep);
+      for (int r = 0; r < kRows; ++r)
+        v[r][i] = at + i * kStep < k ? *reinterpret_cast<const uint4*>(x + r * x_stride + at + i * kStep) : uint4{};
 #pragma unroll
-    for (int i = 0; i < count.value; ++i)
+    for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
       for (int j = 0; j < kItems; ++j)
 #pragma unroll
@@ -616,14 +524,26 @@ __global__ void __launch_bounds__(256) multiply_dots(const T* const x, const int
           for (int s = 0; s < 2; ++s)
             sums[r][s] = fmaf(to_float(reinterpret_cast<const T*>(&v[r][i])[j]),
                               to_float(reinterpret_cast<const T*>(&w[s][i])[j]), sums[r][s]);
-  };
-  int at = lane * kItems;
-  for (; at + (kAtOnce - 1) * kStep < k; at += kAtOnce * kStep) add(at, std::integral_constant<int, kAtOnce>());
-  for (; at < k; at += kStep) add(at, std::integral_constant<int, 1>());
+    at += kAtOnce * kStep;
+    if (at < k) ask(at);
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      sums[r][s] = lanes_sum<32>(sums[r][s]);
+      if (kWarps > 1 && lane == 0) parts[warp][r][s] = sums[r][s];
+    }
+  if (kWarps > 1) __syncthreads();
+  if (place || n >= columns) return;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    float a = lanes_sum<32>(sums[r][0]), b = lanes_sum<32>(sums[r][1]);
-    if (lane) continue;
+    float a = sums[r][0], b = sums[r][1];
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) {
+      a += parts[warp + i][r][0];
+      b += parts[warp + i][r][1];
+    }
     T* const to = out + r * out_stride + n;
     if constexpr (kGated) {
       float c = 0;
@@ -644,24 +564,6 @@ __global__ void __launch_bounds__(256) multiply_dots(const T* const x, const int
     }
   }
 }
-
-template <class T>
-constexpr CUtensorMapDataType kMapType = kIsF8<T>                  ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-                                         : std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-
-// Bytes between rows; any where there is one row at most.
-template <class T>
-int64_t pitch_of(const Walk& walk, int64_t columns) {
-  return walk.dims ? walk.strides[0] * int64_t{sizeof(T)} : (columns * int64_t{sizeof(T)} + 15) / 16 * 16;
-}
-
-template <class T>
-CUtensorMap map_of(const CudaMatrix& m, int64_t rows, int64_t k, int box) {
-  return tensor_map(m.data, kMapType<T>, sizeof(T), rows, k, m.stride * int64_t{sizeof(T)}, box);
-}
-
-int blocks_of(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
 
 template <class T, class Out, int kColumns, bool kGated>
 void run_tiles(const CudaLinear& a, int processors, void* stream) {
@@ -695,15 +597,21 @@ void run_few(const CudaLinear& a, int processors, void* stream) {
   while (blocks < S::kMostBlocks && tiles * blocks * 2 <= processors && g.steps >= blocks * 4) blocks *= 2;
   launch_clusters(multiply_few_rows<T, Out, kRows, kGated>, tiles * blocks, blocks, kFewThreads, S::kBytes, stream, x,
                   weight, gate, reinterpret_cast<Out*>(a.out.data), pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)},
-                  finish_of(a), g, blocks);
+                  finish_of(a), g, blocks, a.constant);
 }
 
-template <class T, int kRows, bool kGated>
-void run_dots(const CudaLinear& a, void* stream) {
-  launch_clusters(multiply_dots<T, kRows, kGated>, blocks_of(a.n, kGated ? 8 : 16), 1, 256, 0, stream,
+template <class T, bool kGated, int kWarps>
+void run_dots_of(const CudaLinear& a, void* stream) {
+  launch_clusters(multiply_dots<T, 1, kGated, kWarps>, blocks_of(a.n * kWarps, kGated ? 8 : 16), 1, 256, 0, stream,
                   reinterpret_cast<const T*>(a.x.data), pitch_of<T>(a.x, a.k) / int64_t{sizeof(T)}, a.weight, a.gate,
                   reinterpret_cast<T*>(a.out.data), pitch_of<T>(a.out, a.n) / int64_t{sizeof(T)}, finish_of(a),
-                  static_cast<int>(a.n), static_cast<int>(a.k));
+                  static_cast<int>(a.n), static_cast<int>(a.k), a.constant);
+}
+
+template <class T, bool kGated>
+void run_dots(const CudaLinear& a, void* stream) {
+  // Beyond 1024 columns a warp would have to ask a second time.
+  a.k > 1024 ? run_dots_of<T, kGated, 4>(a, stream) : run_dots_of<T, kGated, 1>(a, stream);
 }
 
 // Whether the copy engine can: rows a multiple of 16 bytes apart, from an address that is one.
@@ -744,7 +652,7 @@ bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
   if (!fits<T, T>(a)) return false;
   if (a.gated) {
     if (a.rows == 1)
-      run_dots<T, 1, true>(a, stream);
+      run_dots<T, true>(a, stream);
     else if (a.rows <= 16)
       run_few<T, T, 16, true>(a, processors, stream);
     else if (a.rows <= 64)
@@ -753,12 +661,8 @@ bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
       run_tiles<T, T, 256, true>(a, processors, stream);
   } else {
     if (a.rows == 1)
-      run_dots<T, 1, false>(a, stream);
-    else if (a.rows <= 16)
-      run_few<T, T, 16, false>(a, processors, stream);
-    else if (a.rows <= 64)
-      run_few<T, T, 64, false>(a, processors, stream);
-    else
+      run_dots<T, false>(a, stream);
+    else if (!hopper_shares<T, T>(a, processors, stream))
       run_widest<T, T>(a, processors, stream);
   }
   return true;
@@ -779,9 +683,7 @@ bool fp8_linear_as(const CudaLinear& a, int processors, void* stream) {
       run_few<f8, Out, 64, true>(a, processors, stream);
     else
       run_tiles<f8, Out, 256, true>(a, processors, stream);
-  } else if (a.rows <= 16) {
-    run_few<f8, Out, 16, false>(a, processors, stream);
-  } else {
+  } else if (!hopper_shares<f8, Out>(a, processors, stream)) {
     run_widest<f8, Out>(a, processors, stream);
   }
   return true;

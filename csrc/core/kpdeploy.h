@@ -184,6 +184,12 @@ int kpdeploy_activation_of(const char* name);
  * The libraries show it as kpdeploy_use_gpu_providers(rows). */
 int kpdeploy_set_gpu_providers(const kpdeploy_context* context, const char* rows);
 
+/* Whether weights, biases and weights' scales are constants in calls of this thread (1), as those of a model are, or may
+ * be written by a kernel that is still under way (0, at first). On a GPU of compute capability 9.0 constant ones are read
+ * while the kernel ahead is still running; one that was written last by a kernel must be waited for before its first such
+ * use. Returns what held before. The torch library shows it as kpdeploy_use_constant_weights(constant). */
+int kpdeploy_set_constant_weights(int constant);
+
 /* Whether this library was built with CUDA kernels: 1 or 0. It says nothing of GPUs. */
 int kpdeploy_cuda(void);
 

@@ -25,6 +25,8 @@ constexpr int64_t kTaskRows = 140;              // at most, of x in one task, an
 constexpr int64_t kTaskColumns = 256;           // need for one run of k is well within a core's second cache
 constexpr int64_t kPackTask = 16;               // tiles or panels' halves packed by one task
 
+thread_local bool constant_weights = false;
+
 int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // A weight [n, k], or two of one shape: as they are, or packed.
@@ -199,6 +201,7 @@ void multiply_on_gpu(const kpdeploy_context* context, const Linear& l) {
   c.k = l.weight.k;
   c.activation = l.activation;
   c.gated = l.gate.n >= 0;
+  c.constant = constant_weights;
   cuda_kernels()->linear[l.x.dtype](c, context->stream);
 }
 
@@ -261,6 +264,7 @@ Fp8Linear fp8_linear_of(const char* weight_name, const kpdeploy_tensor* x, const
   c.rows = rows.count();
   c.n = w.size(0);
   c.k = w.size(1);
+  c.constant = constant_weights;
   return {a, w, o, c};
 }
 
@@ -447,4 +451,10 @@ int kpdeploy_activation_of(const char* name) {
   for (int i = 0; name && i < 5; ++i)
     if (!std::strcmp(name, kNames[i])) return i;
   return -1;
+}
+
+int kpdeploy_set_constant_weights(int constant) {
+  const bool before = constant_weights;
+  constant_weights = constant != 0;
+  return before;
 }

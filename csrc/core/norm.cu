@@ -41,10 +41,30 @@ __device__ inline void store_f8(char* to, const float (&from)[n], float by) {
   }
 }
 
-// kVector elements in one access; kChunks of them in registers, of longer rows the rest is read again.
+// Elements as they were read: floats of them would take twice the registers. Forgotten between passes, so that the
+// compiler does not keep those.
+template <class T, int n>
+struct Packed {
+  static constexpr int kWords = n * sizeof(T) / 4;
+  using Word = std::conditional_t<kWords != 0, uint32_t, uint16_t>;
+  Vector<Word, kWords ? kWords : 1> words;
+
+  __device__ float at(int i) const { return to_float(reinterpret_cast<const T*>(&words)[i]); }
+  __device__ void forget() {
+    if constexpr (kWords != 0)
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) asm volatile("" : "+r"(words.item[i]));
+  }
+};
+
+constexpr int kMost = 4;  // chunks that a thread holds
+
+// kVector elements in one access; kChunks of them in registers. Of rows that are longer than the most, the rest is read
+// again.
 template <class T, int kVector, int kGroup, int kChunks>
-__global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ CudaNorm a) {
-  using Chunk = Vector<T, kVector>;
+__global__ void __launch_bounds__(kThreads, kGroup == 32 ? 1 : kChunks <= 2 ? 4 : 2) norm_rows(const __grid_constant__ CudaNorm a) {
+  using Chunk = Packed<T, kVector>;
+  constexpr bool kLong = kVector == 1 || kChunks == kMost;
   let_next_kernel_begin();
   const int64_t r = blockIdx.x * int64_t{blockDim.x / kGroup} + threadIdx.x / kGroup;
   if (r >= a.rows) return;  // a whole warp, and none where the block shares a row
@@ -53,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ Cu
   T* sum = a.adds ? row_of<T>(a.sum, r) : nullptr;
   T* normalized = row_of<T>(a.normalized, r);
   char* quantized = a.out_scale ? row_of<char>(a.quantized, r) : nullptr;
-  const int first = threadIdx.x % kGroup;
-  const int64_t chunks = a.n / kVector, rest = first + int64_t{kChunks} * kGroup;
+  const int first = threadIdx.x % kGroup, chunks = static_cast<int>(a.n / kVector);
+  const int rest = kLong ? first + kChunks * kGroup : chunks;
   const auto there = [&](int c) { return first + c * kGroup < chunks; };
 
   // All that the row needs is asked for before any of it is used.
@@ -71,16 +91,21 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ Cu
   if (a.bias) ask(biases, a.bias);
   const float inverse = a.out_scale ? 1 / *a.out_scale : 1;
 
-  const auto added = [&](const Chunk& one, const Chunk& two, float (&v)[kVector]) {
+  const auto add_up = [&](Chunk& one, Chunk& two, float (&v)[kVector]) {
+    if constexpr (kGroup > 32) {  // rows of a warp are few or short: there registers are no limit
+      one.forget();
+      two.forget();
+    }
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) v[i] = to_float(one.item[i]) + (residual ? to_float(two.item[i]) : 0.0f);
+    for (int i = 0; i < kVector; ++i) v[i] = one.at(i) + (residual ? two.at(i) : 0.0f);
   };
-  const auto read = [&](int64_t chunk, float (&v)[kVector]) {
-    const Chunk one = reinterpret_cast<const Chunk*>(x)[chunk];
-    added(one, residual ? reinterpret_cast<const Chunk*>(residual)[chunk] : one, v);
+  const auto read = [&](int chunk, float (&v)[kVector]) {
+    Chunk one = reinterpret_cast<const Chunk*>(x)[chunk], two = one;
+    if (residual) two = reinterpret_cast<const Chunk*>(residual)[chunk];
+    add_up(one, two, v);
   };
-  float held[kChunks][kVector], total = 0;
-  const auto take = [&](int64_t chunk, const float (&v)[kVector]) {
+  float total = 0;
+  const auto take = [&](int chunk, const float (&v)[kVector]) {
     if (sum) store(sum + chunk * kVector, v);
 #pragma unroll
     for (int i = 0; i < kVector; ++i) total += a.rms ? v[i] * v[i] : v[i];
@@ -88,10 +113,11 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ Cu
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
     if (there(c)) {
-      added(own[c], other[c], held[c]);
-      take(first + c * kGroup, held[c]);
+      float v[kVector];
+      add_up(own[c], other[c], v);
+      take(first + c * kGroup, v);
     }
-  for (int64_t chunk = rest; chunk < chunks; chunk += kGroup) {
+  for (int chunk = rest; chunk < chunks; chunk += kGroup) {
     float v[kVector];
     read(chunk, v);
     take(chunk, v);
@@ -107,8 +133,12 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ Cu
     };
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
-      if (there(c)) add(held[c]);
-    for (int64_t chunk = rest; chunk < chunks; chunk += kGroup) {
+      if (there(c)) {
+      float v[kVector];
+      add_up(own[c], other[c], v);
+      add(v);
+    }
+    for (int chunk = rest; chunk < chunks; chunk += kGroup) {
       float v[kVector];
       read(chunk, v);
       add(v);
@@ -117,17 +147,21 @@ __global__ void __launch_bounds__(kThreads) norm_rows(const __grid_constant__ Cu
   }
 
   const float scale = 1 / sqrtf(variance + a.eps);
-  const auto give = [&](int64_t chunk, float (&v)[kVector], const Chunk& weight, const Chunk& bias) {
+  const auto give = [&](int chunk, float (&v)[kVector], const Chunk& weight, const Chunk& bias) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
-      v[i] = (v[i] - mean) * scale * to_float(weight.item[i]) + (a.bias ? to_float(bias.item[i]) : 0.0f);
+      v[i] = (v[i] - mean) * scale * weight.at(i) + (a.bias ? bias.at(i) : 0.0f);
     store(normalized + chunk * kVector, v);
     if (quantized) store_f8(quantized + chunk * kVector, v, inverse);
   };
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
-    if (there(c)) give(first + c * kGroup, held[c], weights[c], biases[c]);
-  for (int64_t chunk = rest; chunk < chunks; chunk += kGroup) {
+    if (there(c)) {
+      float v[kVector];
+      add_up(own[c], other[c], v);
+      give(first + c * kGroup, v, weights[c], biases[c]);
+    }
+  for (int chunk = rest; chunk < chunks; chunk += kGroup) {
     float v[kVector];
     read(chunk, v);
     const Chunk weight = static_cast<const Chunk*>(a.weight)[chunk];
@@ -192,7 +226,8 @@ bool lies_in(const Walk& walk, int64_t bytes) {
 
 template <class T>
 void norm(const CudaNorm& a, void* stream) {
-  constexpr int kVector = kChunk<T>, kMost = 4;
+  constexpr int kVector = kChunk<T>;
+  if (a.n > INT32_MAX) refuse_unsupported("rows of %lld elements are too long for one launch", (long long)a.n);
   const bool in_chunks = a.n % kVector == 0 && aligned(a.x, sizeof(T)) && aligned(a.normalized, sizeof(T)) &&
                          aligned(a.weight) && aligned(a.bias) &&
                          (!a.adds || (aligned(a.residual, sizeof(T)) && aligned(a.sum, sizeof(T)))) &&

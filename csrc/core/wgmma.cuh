@@ -37,6 +37,8 @@ __device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligne
   ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define KPDEPLOY_LIST_32 KPDEPLOY_LIST_16 \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define KPDEPLOY_LIST_48 KPDEPLOY_LIST_32 \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define KPDEPLOY_LIST_64 KPDEPLOY_LIST_32 \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
   ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -50,6 +52,7 @@ __device__ inline void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligne
 #define KPDEPLOY_SUMS_8(i) KPDEPLOY_SUMS_4(i), KPDEPLOY_SUMS_4(i + 4)
 #define KPDEPLOY_SUMS_16(i) KPDEPLOY_SUMS_8(i), KPDEPLOY_SUMS_8(i + 8)
 #define KPDEPLOY_SUMS_32(i) KPDEPLOY_SUMS_16(i), KPDEPLOY_SUMS_16(i + 16)
+#define KPDEPLOY_SUMS_48(i) KPDEPLOY_SUMS_32(i), KPDEPLOY_SUMS_16(i + 32)
 #define KPDEPLOY_SUMS_64(i) KPDEPLOY_SUMS_32(i), KPDEPLOY_SUMS_32(i + 32)
 #define KPDEPLOY_SUMS_128(i) KPDEPLOY_SUMS_64(i), KPDEPLOY_SUMS_64(i + 64)
 #define KPDEPLOY_SUMS_96(i) KPDEPLOY_SUMS_64(i), KPDEPLOY_SUMS_32(i + 64)
@@ -83,6 +86,8 @@ __device__ inline void wgmma(float (&d)[columns / 2], uint64_t left, uint64_t ri
     KPDEPLOY_WGMMA_OF(32, 16, 16, 17, 18);
   } else if constexpr (columns == 64) {
     KPDEPLOY_WGMMA_OF(64, 32, 32, 33, 34);
+  } else if constexpr (columns == 96) {
+    KPDEPLOY_WGMMA_OF(96, 48, 48, 49, 50);
   } else if constexpr (columns == 128) {
     KPDEPLOY_WGMMA_OF(128, 64, 64, 65, 66);
   } else if constexpr (columns == 192) {

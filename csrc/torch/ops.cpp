@@ -34,6 +34,10 @@ extern "C" __attribute__((visibility("default"))) int kpdeploy_use_gpu_providers
 // Whether this library was built with CUDA kernels, for callers that hold it and no other of ours.
 extern "C" __attribute__((visibility("default"))) int kpdeploy_torch_cuda() { return kpdeploy_cuda(); }
 
+extern "C" __attribute__((visibility("default"))) int kpdeploy_use_constant_weights(int constant) {
+  return kpdeploy_set_constant_weights(constant);
+}
+
 namespace {
 
 using torch::stable::Tensor;

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from kpdeploy.decision import Applied, Skipped
@@ -51,3 +54,23 @@ def load_torch() -> Applied | Skipped:
         least = "it needs torch 2.10 or later"
         return Skipped(what=TORCH, reason=f"torch {torch.__version__} does not load it ({least}): {error}")
     return Applied(what=TORCH, detail=str(path))
+
+
+@contextlib.contextmanager
+def constant_weights() -> Iterator[None]:
+    """Let calls of this thread take weights, biases and weights' scales as constants, as those of a model are.
+
+    On a GPU of compute capability 9.0 they are then read while the kernel ahead is still running; a CUDA graph that is
+    captured inside keeps that. Whoever writes one waits for the GPU before its next use. Where the library is not, or
+    lacks this, nothing changes.
+    """
+    path = find(TORCH)
+    use = None if isinstance(path, Skipped) else getattr(ctypes.CDLL(str(path)), "kpdeploy_use_constant_weights", None)
+    if use is None:
+        yield
+        return
+    before = use(1)
+    try:
+        yield
+    finally:
+        use(before)

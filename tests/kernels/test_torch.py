@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpdeploy.ops import GPU_OPS, OPS, calls
+from kpdeploy.ops import GPU_OPS, OPS, calls, libraries
 from kpdeploy.ops.cases import Case, all_cases, cases_of, error, to_dtype, tolerance
 from kpdeploy.ops.providers import chosen
 
@@ -50,6 +51,15 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", [*OPS, *GPU_OPS])
 def test_the_library_has_the_schema_of_the_table(name: str) -> None:
     assert str(op_of(name)._schema) == f"kpdeploy::{(OPS | GPU_OPS)[name].schema}"
+
+
+def test_weights_are_constants_within_a_block_alone(torch_library: str) -> None:
+    use = ctypes.CDLL(torch_library).kpdeploy_use_constant_weights
+    with libraries.constant_weights():
+        with libraries.constant_weights():
+            pass
+        assert use(1) == 1
+    assert use(0) == 0
 
 
 def calls_of_8_bits() -> dict[str, tuple[Any, ...]]:

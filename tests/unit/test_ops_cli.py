@@ -83,7 +83,10 @@ def test_a_product_that_was_measured_goes_to_whoever_was_faster_and_says_the_fig
         return next(a for a in answers if a.runs and a.provider.runtime == "torch")
 
     assert runs("relu").provider.name == "cublaslt"
-    assert runs("relu").why == "measured on found: kpdeploy 9 µs, cublaslt 8 µs"
+    assert runs("relu").why == "measured on found with 64 rows: kpdeploy 9 µs, cublaslt 8 µs"
+    near, far = (runs("relu", sizes=dict(sizes, rows=rows)) for rows in (128, 129))
+    assert near.why == runs("relu").why
+    assert far.why.startswith("calls that no provider before it takes")
     assert runs("none").provider.name == runs("gelu").provider.name == runs("gelu_tanh").provider.name == "kpdeploy"
     assert runs("relu", at=machine(*GPU)).provider.name == "kpdeploy"  # where there is no cuBLASLt
     unmeasured = {"sizes": dict(sizes, inputs=24), "at": machine(*GPU, "cuBLASLt")}  # and no compute capability 9.0
