@@ -79,7 +79,7 @@ inline void attend_tile(const AttentionBlock& t, const AttentionScratch& s, int6
   const int64_t wanted = last_sees < keys ? last_sees : keys, width = round_up(wanted, kPanel);
   const int64_t columns = round_up(t.head_size, kPanel);
   for (int64_t j = 0; j < wanted; j += kPanel)
-    multiply<1, kTileRows>(rows, query, s.key + j * t.head_size, t.head_size, s.scores + j, kKeys, false);
+    multiply<1, kTileRows>(rows, query, s.key + j * t.head_size, t.head_size, s.scores + j, kKeys, nullptr, 0);
   for (int r = 0; r < rows; ++r) {
     const int64_t visible = t.causal ? t.first_visible + row + r - first : wanted;
     const int64_t seen = visible < 0 ? 0 : visible < wanted ? visible : wanted;
@@ -95,7 +95,8 @@ inline void attend_tile(const AttentionBlock& t, const AttentionScratch& s, int6
       }
   }
   for (int64_t c = 0; c < columns; c += kPanel)
-    multiply<kKeys, 1>(rows, s.scores, s.value + c * kKeys, wanted, s.out + row * columns + c, columns, true);
+    multiply<kKeys, 1>(rows, s.scores, s.value + c * kKeys, wanted, s.out + row * columns + c, columns,
+                       s.out + row * columns + c, columns);
 }
 
 template <class T>

@@ -156,15 +156,18 @@ void multiply_panels(const kpdeploy_context* context, const Product& product, in
   const Rows out(l.out);
   const int64_t width = kernel.panel_columns, k = l.weight.k, item = l.x.item_bytes();
   const int64_t each = rows_per_tile(out.count()), tiles = blocks(out.count(), each);
-  // Rows that share a panel's run, then as many panels as leave each thread a few tasks.
-  const int64_t per_task = std::max<int64_t>(1, std::min(tiles, kTaskRows / kernel.tile_rows));
-  const int64_t row_tasks = blocks(tiles, per_task), threads = std::max(context->threads, 1);
+  // Rows that share a panel's run, then as many panels as leave each thread a few tasks. All are of even size (to one
+  // tile or panel), and where the rows do not make a task for each thread, the columns make as many for one as for all.
+  const int64_t row_tasks = blocks(tiles, std::max<int64_t>(1, kTaskRows / kernel.tile_rows));
+  const int64_t threads = std::max(context->threads, 1);
   const int64_t group = std::min(kTaskColumns / width, std::max<int64_t>(1, count * row_tasks / (4 * threads)));
-  const int64_t column_tasks = blocks(count, group);
-  const int64_t space = per_task * kernel.tile_rows * group * width * (gates ? 2 : 1);
+  const int64_t wanted = blocks(count, group);
+  const int64_t column_tasks = row_tasks % threads ? std::min(count, blocks(wanted, threads) * threads) : wanted;
+  const int64_t space = blocks(tiles, row_tasks) * kernel.tile_rows * blocks(count, column_tasks) * width;
   parallel(context, row_tasks * column_tasks, [&](int64_t task) {
-    const int64_t p = task % column_tasks * group, column = (first + p) * width;
-    const int64_t tile = task / column_tasks * per_task, row = tile * each;
+    const int64_t part = task % column_tasks, p = part * count / column_tasks, column = (first + p) * width;
+    const int64_t panels_here = (part + 1) * count / column_tasks - p;
+    const int64_t run = task / column_tasks, tile = run * tiles / row_tasks, row = tile * each;
     MultiplyBlock m{};
     m.a = product.tiles + tile * product.tile_floats;
     m.rows_per_tile = each;
@@ -173,12 +176,12 @@ void multiply_panels(const kpdeploy_context* context, const Product& product, in
     m.b_gate = gates ? gates + p * width * k : nullptr;
     m.bias = l.bias ? static_cast<const char*>(l.bias) + column * item : nullptr;
     m.k = k;
-    m.rows = std::min(per_task * each, out.count() - row);
-    m.columns = std::min(std::min(group, count - p) * width, l.weight.n - column);
+    m.rows = std::min((run + 1) * tiles / row_tasks * each, out.count()) - row;
+    m.columns = std::min(panels_here * width, l.weight.n - column);
     m.activation = l.activation;
     m.out = out.row(row) + column * item;
     m.out_stride = out.stride();
-    m.scratch = scratch(kTaskScratch, space);
+    m.scratch = scratch(kTaskScratch, space * (gates ? 2 : 1));
     if (!m.scratch) return false;
     kernel.multiply_block[l.x.dtype](m);
     return true;

@@ -6,13 +6,14 @@
 constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
 constexpr int kPanel = 2 * W;
 
-// Products are added up in runs of at most this many, then the runs are: a panel's run stays in the first cache while
-// the tiles pass, and the rounding error grows with the roots of both numbers.
-constexpr int64_t kRun = 256;
+// Products are added up in runs of about this many, then the runs are: a panel's run stays in the first cache while
+// the tiles pass, and the rounding error grows with the roots of both numbers. Up to kOneRun there is one.
+constexpr int64_t kRun = 256, kOneRun = 384;
 
-// c[r][kPanel] (+)= sum over p of a[r * RowStep + p * DepthStep] * b[p][kPanel].
+// c[r][kPanel] = sum over p of a[r * RowStep + p * DepthStep] * b[p][kPanel], plus `add`, where that is not null.
 template <int Rows, int RowStep, int DepthStep>
-inline void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool add) {
+inline void multiply_rows(const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, const float* add,
+                          int64_t add_stride) {
   vf left[Rows], right[Rows];
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) left[r] = right[r] = vf{};
@@ -30,15 +31,21 @@ inline void multiply_rows(const float* a, const float* b, int64_t depth, float* 
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
     float* row = c + r * c_stride;
-    store(row, add ? load(row) + left[r] : left[r]);
-    store(row + W, add ? load(row + W) + right[r] : right[r]);
+    if (add) {
+      left[r] += load(add + r * add_stride);
+      right[r] += load(add + r * add_stride + W);
+    }
+    store(row, left[r]);
+    store(row + W, right[r]);
   }
 }
 
 template <int RowStep, int DepthStep, int Rows = kTileRows>
-inline void multiply(int rows, const float* a, const float* b, int64_t depth, float* c, int64_t c_stride, bool add) {
-  if (rows == Rows) return multiply_rows<Rows, RowStep, DepthStep>(a, b, depth, c, c_stride, add);
-  if constexpr (Rows > 1) multiply<RowStep, DepthStep, Rows - 1>(rows, a, b, depth, c, c_stride, add);
+inline void multiply(int rows, const float* a, const float* b, int64_t depth, float* c, int64_t c_stride,
+                     const float* add, int64_t add_stride) {
+  if (rows == Rows) return multiply_rows<Rows, RowStep, DepthStep>(a, b, depth, c, c_stride, add, add_stride);
+  if constexpr (Rows > 1)
+    multiply<RowStep, DepthStep, Rows - 1>(rows, a, b, depth, c, c_stride, add, add_stride);
 }
 
 template <class T>
@@ -53,7 +60,16 @@ void finish_row(const float* product, const float* gate, const void* bias, int a
   }
 }
 
-// One tile with one panel over one run; `last`: the sums are whole, and the result is written.
+// Where a tile's result will be written is asked for while its sums are made: lines of rows far apart, whose misses
+// would otherwise be waited for one after the other.
+template <class T>
+inline void fetch_out(const T* out, int64_t stride, int rows, int64_t columns) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < columns; i += 64 / sizeof(T)) __builtin_prefetch(out + r * stride + i, 1, 3);
+}
+
+// One tile with one panel over one run. Sums that are not whole wait in the scratch; those of the last run pass through
+// a tile in the first cache to the result.
 template <class T>
 inline void multiply_run(const MultiplyBlock& m, int64_t row, int64_t column, int64_t first, int64_t depth,
                          bool last) {
@@ -61,15 +77,26 @@ inline void multiply_run(const MultiplyBlock& m, int64_t row, int64_t column, in
   const int64_t stride = (m.columns + kPanel - 1) / kPanel * kPanel, gate_at = m.rows * stride;
   const float* a = m.a + row / m.rows_per_tile * m.tile_floats + first * kTileRows;
   const int64_t at = column * m.k + first * kPanel;
-  float* c = m.scratch + row * stride + column;
-  multiply<1, kTileRows>(rows, a, m.b + at, depth, c, stride, first > 0);
-  if (m.b_gate) multiply<1, kTileRows>(rows, a, m.b_gate + at, depth, c + gate_at, stride, first > 0);
-  if (!last) return;
+  float* sums = m.scratch + row * stride + column;
+  const float* before = first > 0 ? sums : nullptr;
+  if (!last) {
+    multiply<1, kTileRows>(rows, a, m.b + at, depth, sums, stride, before, stride);
+    if (m.b_gate)
+      multiply<1, kTileRows>(rows, a, m.b_gate + at, depth, sums + gate_at, stride, before ? before + gate_at : before,
+                             stride);
+    return;
+  }
   const int64_t columns = m.columns - column < kPanel ? m.columns - column : kPanel;
+  T* out = static_cast<T*>(m.out) + row * m.out_stride + column;
+  fetch_out(out, m.out_stride, rows, columns);
+  alignas(64) float product[kTileRows * kPanel], gate[kTileRows * kPanel];
+  multiply<1, kTileRows>(rows, a, m.b + at, depth, product, kPanel, before, stride);
+  if (m.b_gate)
+    multiply<1, kTileRows>(rows, a, m.b_gate + at, depth, gate, kPanel, before ? before + gate_at : before, stride);
   const T* bias = m.bias ? static_cast<const T*>(m.bias) + column : nullptr;
   for (int r = 0; r < rows; ++r)
-    finish_row<T>(c + r * stride, m.b_gate ? c + gate_at + r * stride : nullptr, bias, m.activation,
-                  static_cast<T*>(m.out) + (row + r) * m.out_stride + column, columns);
+    finish_row<T>(product + r * kPanel, m.b_gate ? gate + r * kPanel : nullptr, bias, m.activation,
+                  out + r * m.out_stride, columns);
 }
 
 // Each tile brings its share of the next panel's run into the second cache: with few tiles, waiting for the weight to
@@ -82,7 +109,7 @@ inline void fetch(const MultiplyBlock& m, int64_t row, const float* next, int64_
 
 template <class T>
 void multiply_block(const MultiplyBlock& m) {
-  const int64_t runs = m.k > kRun ? (m.k + kRun - 1) / kRun : 1;
+  const int64_t runs = m.k > kOneRun ? (m.k + kRun - 1) / kRun : 1;
   const int64_t run = (m.k + runs - 1) / runs;
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t first = i * run, depth = m.k - first < run ? m.k - first : run;

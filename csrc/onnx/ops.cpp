@@ -6,6 +6,8 @@
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
@@ -107,13 +109,23 @@ class Run {
   }
 
  private:
+  // ONNX Runtime splits evenly beforehand; tasks differ where lengths do, so each thread takes the next one.
   static void parallel_for(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* argument) {
     struct Work {
+      std::atomic<int64_t> next{0};
+      int64_t tasks;
       void (*task)(void*, int64_t);
       void* argument;
-    } work{task, argument};
-    const auto one = [](void* w, size_t i) { static_cast<Work*>(w)->task(static_cast<Work*>(w)->argument, i); };
-    Ort::KernelContext(static_cast<OrtKernelContext*>(pool)).ParallelFor(one, tasks, 0, &work);
+    } work;
+    work.tasks = tasks;
+    work.task = task;
+    work.argument = argument;
+    const auto loop = [](void* context, size_t) {
+      auto* w = static_cast<Work*>(context);
+      for (int64_t i; (i = w->next.fetch_add(1)) < w->tasks;) w->task(w->argument, i);
+    };
+    const size_t workers = std::min<int64_t>(tasks, machine_threads());
+    Ort::KernelContext(static_cast<OrtKernelContext*>(pool)).ParallelFor(loop, workers, workers, &work);
   }
 
   OrtKernelContext* raw_;

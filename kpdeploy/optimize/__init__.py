@@ -15,7 +15,15 @@ from torch.fx import GraphModule
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.model import Model
 from kpdeploy.ops import register
-from kpdeploy.optimize import add_layer_norm, attention, gated_linear, linear_activation, parallel_linears, rms_norm
+from kpdeploy.optimize import (
+    add_layer_norm,
+    attention,
+    gated_linear,
+    linear,
+    linear_activation,
+    parallel_linears,
+    rms_norm,
+)
 from kpdeploy.optimize.graph import Finding, Match, drop_identities, sweep
 from kpdeploy.signature import Signature
 
@@ -30,13 +38,16 @@ FUSIONS: tuple[tuple[str, Find], ...] = (
     (rms_norm.OP, lambda module, signature: rms_norm.find(module)),
     # Of the linears that are left.
     (parallel_linears.OP, lambda module, signature: parallel_linears.find(module)),
+    (linear.OP, lambda module, signature: linear.find(module, small=False)),
+    (linear.SMALL, lambda module, signature: linear.find(module, small=True)),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A module with fused ops, to be captured again, how many of each it holds, what was done, and what was refused,
-    why."""
+    """A module with fused ops, to be captured again, how many of each it holds, and what was done or refused, why.
+
+    `counts` are of the ops in the graph, linear_activation with no activation as "linear"."""
 
     module: GraphModule
     counts: dict[str, int]
@@ -70,9 +81,9 @@ def fuse(model: Model, *, left: Collection[str] = ()) -> Fused:
 
 
 def _count(module: GraphModule) -> dict[str, int]:
-    """How many calls of each fused op the graph holds, by the op's name."""
+    """How many calls of each fused op the graph holds, by the op's name; a linear without an activation is `linear`."""
     names = [
-        node.target._schema.name.removeprefix("kpdeploy::")
+        linear.OP if "none" in node.args else node.target._schema.name.removeprefix("kpdeploy::")
         for node in module.graph.nodes
         if node.op == "call_function" and getattr(node.target, "namespace", "") == "kpdeploy"
     ]

@@ -85,6 +85,14 @@ def argument(node: Any, name: str, default: Any = None) -> Any:
     return default
 
 
+def parameter(module: GraphModule, node: Any) -> torch.Tensor | None:
+    """The tensor of the module that a node reads; None if it is computed."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None
+    found = operator.attrgetter(str(node.target))(module)
+    return found if isinstance(found, torch.Tensor) else None
+
+
 def insert(before: Node, target: Any, args: tuple[Any, ...], like: Node | None = None) -> Node:
     """A new call before a node; `like` is the node whose tensor it takes the place of."""
     graph = before.graph

@@ -20,7 +20,7 @@ def find(module: GraphModule) -> Iterator[Finding]:
         activation, source = _activation(node)
         if source is None:
             continue
-        linear = _linear(source)
+        linear = linear_of(source)
         if linear is None:
             made_by = source.target if source.op == "call_function" else source.op
             yield Refusal(node=node, reason=f"{activation} follows {made_by}, not a linear")
@@ -95,7 +95,7 @@ def _outside_users(source: Node, node: Node) -> list[Node]:
     return [user for user in source.users if user not in inside]
 
 
-def _linear(source: Any) -> tuple[Node, Node, Node | None] | None:
+def linear_of(source: Any) -> tuple[Node, Node, Node | None] | None:
     """x, weight [N, K] or [K, N], bias of a linear, or of a Conv1D (addmm over flattened rows, seen through a view)."""
     if is_call(source, aten.linear.default):
         return source.args[0], source.args[1], argument(source, "bias")
@@ -108,8 +108,13 @@ def _linear(source: Any) -> tuple[Node, Node, Node | None] | None:
 
 
 def _rewrite(node: Node, source: Node, activation: str) -> None:
-    found = _linear(source)
+    found = linear_of(source)
     assert found is not None
+    replace_by_op(node, source, found, activation)
+
+
+def replace_by_op(node: Node, source: Node, found: tuple[Node, Node, Node | None], activation: str) -> None:
+    """Let the op take the place of a node; `source` is the linear in it, and `found` what linear_of says of that."""
     x, weight, bias = found
     if not is_call(source, aten.linear.default):
         weight = insert(node, aten.t.default, (weight,))

@@ -7,7 +7,6 @@ once. Linears with an activation join those with the same one.
 from __future__ import annotations
 
 import itertools
-import operator
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from kpdeploy.optimize.graph import Finding, Match, Refusal, argument, aten, dtype, insert, is_call, take
+from kpdeploy.optimize.graph import Finding, Match, Refusal, argument, aten, dtype, insert, is_call, parameter, take
 
 OP = "parallel_linears"
 
@@ -40,8 +39,8 @@ def find(module: GraphModule) -> Iterator[Finding]:
 
 def _refusal(module: GraphModule, linear: Node, readers: Counter[int]) -> str:
     weight, bias = argument(linear, "weight"), argument(linear, "bias")
-    tensor = _parameter(module, weight)
-    if tensor is None or (bias is not None and _parameter(module, bias) is None):
+    tensor = parameter(module, weight)
+    if tensor is None or (bias is not None and parameter(module, bias) is None):
         return "its weights are computed, not constant"
     if tensor.dim() != 2:
         return "its weight is no matrix"
@@ -55,21 +54,13 @@ def _readers(module: GraphModule) -> Counter[int]:
     found: Counter[int] = Counter()
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            found[id(_parameter(module, node))] += len(node.users)
+            found[id(parameter(module, node))] += len(node.users)
     return found
-
-
-def _parameter(module: GraphModule, node: Any) -> torch.Tensor | None:
-    """The tensor of the module that a node reads; None if it is computed."""
-    if not isinstance(node, Node) or node.op != "get_attr":
-        return None
-    found = operator.attrgetter(str(node.target))(module)
-    return found if isinstance(found, torch.Tensor) else None
 
 
 def _rewrite(module: GraphModule, linears: list[Node]) -> None:
     first = linears[0]
-    weights = [_parameter(module, argument(node, "weight")) for node in linears]
+    weights = [parameter(module, argument(node, "weight")) for node in linears]
     widths = [len(weight) for weight in weights if weight is not None]
     weight = _constant(module, first, torch.cat([w for w in weights if w is not None]), "weight")
     bias = _joined_bias(module, linears, widths)
@@ -93,7 +84,7 @@ def _rewrite(module: GraphModule, linears: list[Node]) -> None:
 
 def _joined_bias(module: GraphModule, linears: list[Node], widths: list[int]) -> Node | None:
     """The biases side by side, zeros for a linear that has none; None where none has one."""
-    biases = [_parameter(module, argument(node, "bias")) for node in linears]
+    biases = [parameter(module, argument(node, "bias")) for node in linears]
     like = next((bias for bias in biases if bias is not None), None)
     if like is None:
         return None
