@@ -86,6 +86,7 @@ def export(
     calibrate: str | os.PathLike[str] | None = None,
     mount: str = MOUNT,
     serving: Mapping[str, Any] | None = None,
+    examine: Callable[[Deployment], None] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a model, prove each artifact, and publish the fastest that passed as the next version in `repo`.
@@ -108,6 +109,8 @@ def export(
         latency_budget_ms: stop at the first level whose median latency of a single request is within it.
         calibrate: an .npz of samples for int8, one array per input with the samples along its first axis; without it
             they are drawn at random from the valid values. The proof asks some of them, too.
+        examine: called with the version in a repository of its own before it goes into `repo`: what this raises, export
+            raises, and publishes nothing.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -150,6 +153,8 @@ def export(
         manifest = _manifest(settled, target, candidates, chosen, tolerances, decisions)
         manifest = replace(manifest, mount=mount, serving=dict(serving or {}))
         baseline = replace(baseline, windows=windows)
+        if examine is not None:
+            examine(_publish(str(work / "examined"), manifest, chosen, baseline))
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, baseline)
     _remember(deployment, baseline, progress)

@@ -15,6 +15,7 @@ from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import DigestMismatch
 from kpdeploy.hardware import detect, packages
 from kpdeploy.ops.libraries import contract
+from kpdeploy.serving.triton.config import HANDLER_FORMAT
 from kpdeploy.serving.triton.containers import (
     CALL_SPEC_SINCE,
     CONTAINERS,
@@ -218,6 +219,9 @@ def _files(manifest: Manifest, folder: Path) -> Decision:
 
 def _backend(manifest: Manifest, where: Container) -> Decision:
     """Is there something that loads the format at all?"""
+    if manifest.format == HANDLER_FORMAT:
+        needed = " and ".join(("NumPy", *manifest.settings.get("packages", ())))
+        return Applied(what="backend", detail=f"python; its Python needs {needed}, which launch.sh installs")
     name = BACKENDS.get(manifest.format, manifest.format)
     if manifest.format == "pt2":
         name = "torch_aoti"
