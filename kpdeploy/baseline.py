@@ -3,6 +3,7 @@ latencies as windows, which later ones are compared with. NumPy only, so that a 
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from kpdeploy.artifact import BASELINE, GOLDEN, Latency
 from kpdeploy.errors import RepositoryBroken
-from kpdeploy.inputs import Array
+from kpdeploy.inputs import Array, of_bytes
 
 BUCKETS_SECONDS = tuple(float(f"{0.0005 * 1.15**step:.4g}") for step in range(85))
 """Upper bounds of the latency histogram, 0.5 ms to 63 s in steps of 15 %, then infinity: the same at export, in the
@@ -89,7 +90,7 @@ class Baseline:
 
     def write(self, folder: Path) -> None:
         arrays = {
-            f"{index}/{side}/{name}": array
+            f"{index}/{side}/{name}": _stored(array)
             for index, exchange in enumerate(self.exchanges)
             for side, tensors in (("in", exchange.inputs), ("out", exchange.outputs))
             for name, array in tensors.items()
@@ -113,7 +114,7 @@ class Baseline:
         try:
             data = json.loads((folder / BASELINE).read_text())
             with np.load(folder / GOLDEN, allow_pickle=False) as arrays:
-                exchanges = _exchanges({name: arrays[name] for name in arrays.files})
+                exchanges = _exchanges({name: _restored(arrays[name]) for name in arrays.files})
             latencies = tuple(Latency(**entry) for entry in data["latencies"])
             windows = tuple(Windows.from_json(entry) for entry in data.get("windows", ()))
             return cls(exchanges=exchanges, latencies=latencies, environment=data["environment"], windows=windows)
@@ -123,6 +124,19 @@ class Baseline:
                 why=str(error),
                 next_step="export the model again",
             ) from None
+
+
+def _stored(array: Array) -> Array:
+    """Bytes as base64, which NumPy stores without pickling."""
+    if array.dtype != object:
+        return array
+    return np.array([base64.b64encode(body) for body in array.ravel().tolist()], "S").reshape(array.shape)
+
+
+def _restored(array: Array) -> Array:
+    if array.dtype.kind != "S":
+        return array
+    return of_bytes((base64.b64decode(text) for text in array.ravel().tolist()), array.shape)
 
 
 def _exchanges(arrays: Mapping[str, Array]) -> tuple[Exchange, ...]:

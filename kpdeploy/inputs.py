@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,15 @@ Tensors = Mapping[str, Array]
 """Arrays by tensor name."""
 
 PROOF_POINTS = 6
+
+
+def of_bytes(values: Iterable[bytes], shape: tuple[int, ...]) -> Array:
+    """Files or texts (the dtype BYTES) as an array of this shape: each element is one `bytes`."""
+    found: npt.NDArray[Any] = np.empty(shape, object)
+    # Not np.array(…): NumPy would take equal lengths for an array of texts, and cut zeros at their end.
+    for index, value in zip(np.ndindex(shape), values, strict=True):
+        found[index] = value
+    return found
 
 
 def sample(signature: Signature, point: Point, rng: np.random.Generator) -> dict[str, Array]:

@@ -17,7 +17,10 @@ from kpdeploy.errors import InputMismatch, InputSyntax
 DTYPES = (
     "bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64",
 )  # fmt: skip
-"""Dtypes an input or output can have. NumPy's own: bfloat16 is converted to float32 at the boundary."""
+"""Dtypes an input or output of a model can have. NumPy's own: bfloat16 is converted to float32 at the boundary."""
+
+BYTES = "bytes"
+"""The dtype of files and texts, which only a handler in front of a model takes: arrays of objects, each `bytes`."""
 
 Point = Mapping[str, int]
 """One size for each dynamic axis, such as {"batch": 8, "seq": 128}."""

@@ -3,8 +3,9 @@ manifest or from what the server says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import numpy as np
 from tritonclient.utils import triton_to_np_dtype
 
 from kpdeploy.artifact import Manifest
+from kpdeploy.baseline import Baseline
 from kpdeploy.errors import InputMismatch, InputsUnknown
 from kpdeploy.inputs import Array, middle_point, sample
-from kpdeploy.signature import DTYPES, Axis, Signature, TensorSpec, Values
+from kpdeploy.signature import BYTES, DTYPES, Axis, Signature, TensorSpec, Values
 
 UNBOUNDED = 2**31 - 1
 BATCH = "batch"
@@ -24,19 +26,22 @@ BATCH = "batch"
 class Recipe:
     """How requests are made: a signature, the server's name of each input, the point; `notes`: what was guessed.
 
-    `batches`: the signature's first axis is one that the server adds itself (it has a max_batch_size).
+    `batches`: the signature's first axis is one that the server adds itself (it has a max_batch_size). `golden`: the
+    requests of a model whose inputs cannot be drawn, such as images.
     """
 
     signature: Signature
     names: Mapping[str, str]
     point: Mapping[str, int]
     batches: bool
+    golden: tuple[Mapping[str, Array], ...] = ()
     notes: tuple[str, ...] = ()
 
     def requests(self, count: int) -> list[dict[str, Array]]:
         """`count` distinct requests, by the server's names; the same ones each time."""
         rng = np.random.default_rng(0)
-        drawn = (sample(self.signature, self.point, rng) for _ in range(count))
+        drawn: Iterable[Mapping[str, Array]] = (sample(self.signature, self.point, rng) for _ in range(count))
+        drawn = islice(cycle(self.golden), count) if self.golden else drawn
         return [{self.names[name]: self._sent(array) for name, array in tensors.items()} for tensors in drawn]
 
     def _sent(self, array: Array) -> Array:
@@ -58,12 +63,18 @@ def from_repository(repo: Path, model: str, version: str, shape: Mapping[str, in
         InputMismatch: `shape` names no axis of the model, or leaves its range.
     """
     manifest = Manifest.read(repo / model / version)
-    names = {spec.name: served for spec, served in zip(manifest.signature.inputs, manifest.input_names, strict=True)}
+    signature = manifest.signature
+    golden: tuple[Mapping[str, Array], ...] = ()
+    if any(spec.dtype == BYTES for spec in signature.inputs):
+        golden = tuple(exchange.inputs for exchange in Baseline.read(repo / model / version).exchanges)
+    names = {spec.name: served for spec, served in zip(signature.inputs, manifest.input_names, strict=True)}
     return Recipe(
-        signature=manifest.signature,
+        signature=signature,
         names=names,
-        point=_point(manifest.signature, shape),
+        point=_point(signature, shape),
         batches=manifest.max_batch_size > 0 and manifest.target == "triton",
+        golden=golden,
+        notes=(f"the {len(golden)} golden requests, in turns",) if golden else (),
     )
 
 

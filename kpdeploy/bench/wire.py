@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 from urllib.parse import quote
 
-from tritonclient.utils import np_to_triton_dtype
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
 from kpdeploy.inputs import Array
 
@@ -57,7 +57,9 @@ def _grpc_body(model: str, tensors: Mapping[str, Array]) -> bytes:
     request = service_pb2.ModelInferRequest(model_name=model)
     for name, array in tensors.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
-        request.raw_input_contents.append(array.tobytes())
+        # Files and texts travel with their lengths.
+        raw = serialize_byte_tensor(array).item() if array.dtype == object else array.tobytes()
+        request.raw_input_contents.append(raw)
     body: bytes = request.SerializeToString()
     return body
 

@@ -28,6 +28,7 @@ from kpdeploy.errors import (
     ModelUnsafe,
     PackageMissing,
 )
+from kpdeploy.load.vocabulary import VOCABULARY
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,10 @@ MOST_BYTES = 64 << 30
 RATIO, RATIO_FROM_BYTES = 100, 10 << 20
 """A file larger than this that was compressed to less than a hundredth is no weights."""
 
-STOCK = ("image_classifier", "text_classifier", "object_detector", "image_segmenter", "base_handler")
+CLASSIFIERS = ("image_classifier", "text_classifier")
+STOCK = (*CLASSIFIERS, "object_detector", "image_segmenter", "base_handler")
+MOST_TOKENS = 512
+"""Of a text: words, and pairs of words."""
 CARRIED = {"batchSize", "maxBatchDelay", "minWorkers", "maxWorkers"}
 OVERRIDES = ("preprocess", "inference", "postprocess", "handle")
 
@@ -61,6 +65,11 @@ class Archive:
     def stock(self) -> str:
         """The stock handler; empty for a handler of the archive's own."""
         return self.handler if self.handler in STOCK else ""
+
+    @property
+    def classifier(self) -> str:
+        """The stock handler that answers with classes; empty for others, and for ONNX files, which it cannot run."""
+        return self.stock if self.stock in CLASSIFIERS and not self.serialized.endswith(".onnx") else ""
 
     @property
     def batch(self) -> int:
@@ -213,6 +222,7 @@ def told(archive: Archive) -> list[Decision]:
     if archive.labels:
         found.append(Applied(what=f"{len(archive.labels)} labels", detail="labels.txt; ask for classes by class_count"))
     known = {archive.serialized, archive.model_file, LABELS, MANIFEST, "model-config.yaml", _handler_file(archive)}
+    known |= {VOCABULARY} if archive.stock == "text_classifier" else set()
     for file in sorted(p for p in archive.folder.rglob("*") if p.is_file()):
         name = file.relative_to(archive.folder).as_posix()
         if name not in known:
@@ -226,23 +236,11 @@ def _handler_file(archive: Archive) -> str:
 
 
 def _told_handler(archive: Archive) -> list[Decision]:
-    if archive.stock == "image_classifier":
-        return [
-            Applied(what="softmax of image_classifier", detail="a part of the model's graph, and proven with it"),
-            Applied(what="top 5 of image_classifier", detail="Triton's own: ask with class_count=5"),
-            Skipped(
-                what="decoding, Resize(256), CenterCrop(224) and Normalize of image_classifier",
-                reason="Triton takes tensors: send float32 [batch, 3, 224, 224], prepared as torchvision does",
-            ),
-        ]
-    if archive.stock == "text_classifier":
-        return [
-            Applied(what="softmax of text_classifier", detail="a part of the model's graph, and proven with it"),
-            Skipped(
-                what="cleaning, tokens and vocabulary of text_classifier",
-                reason="source_vocab.pt is a pickle of torchtext's, which is no longer made: send token ids",
-            ),
-        ]
+    if archive.classifier:
+        detail = "a part of the model's graph, and proven with it"
+        return [Applied(what=f"softmax of {archive.classifier}", detail=detail)]
+    if archive.stock in CLASSIFIERS:
+        return [Skipped(what=f"the handler {archive.stock}", reason="TorchServe's own cannot run an ONNX file")]
     if archive.stock:
         return []
     file = archive.folder / _handler_file(archive)
@@ -301,7 +299,7 @@ def _torchscript(archive: Archive) -> str:
 
     path = archive.folder / archive.serialized
     archive_names(path)
-    if archive.stock not in ("image_classifier", "text_classifier"):
+    if not archive.classifier:
         return str(path)
     try:
         module = _after(archive, torch.jit.load(str(path), map_location="cpu").eval())
@@ -380,8 +378,8 @@ def _after(archive: Archive, module: torch.nn.Module) -> torch.nn.Module:
     return kinds[archive.stock](module).eval() if archive.stock in kinds else module
 
 
-def inputs(archive: Archive, given: tuple[str, ...]) -> tuple[str, ...]:
-    """The inputs: as given, or those that a stock handler's model has.
+def inputs(archive: Archive, given: tuple[str, ...], vocabulary: Mapping[str, int] | None = None) -> tuple[str, ...]:
+    """The inputs: as given, or those that a stock handler's model has; a text's tokens by the ids of `vocabulary`.
 
     Raises:
         InputsUnknown: neither tells.
@@ -391,6 +389,8 @@ def inputs(archive: Archive, given: tuple[str, ...]) -> tuple[str, ...]:
     batch = f"batch=1..{max(archive.batch, 8)}" if archive.batch != 1 else "batch=1..8"
     if archive.stock == "image_classifier":
         return (f"data:float32[{batch},3,224,224]",)
+    if archive.stock == "text_classifier" and vocabulary:
+        return (f"data:int64[tokens=1..{MOST_TOKENS}]{{0..{max(vocabulary.values())}}}",)
     raise InputsUnknown(
         f"{archive.path} does not say what its model takes",
         why="archives hold no shapes",

@@ -99,6 +99,7 @@ def export(
     memory_budget: str | None = None,
     mount: str = MOUNT,
     serving: Mapping[str, Any] | None = None,
+    examine: Callable[[Deployment], None] | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a model, prove each artifact, and publish the fastest that passed as the next version in `repo`.
@@ -126,6 +127,8 @@ def export(
         tune: the load to measure instances, threads and allocators for: "latency" or "throughput".
         memory_budget: what all instances may take together, such as "4GiB": the fastest that fits is packaged, with as
             many instances and as large a batch as fit.
+        examine: called with the version in a repository of its own before it goes into `repo`: what this raises, export
+            raises, and publishes nothing.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -178,6 +181,8 @@ def export(
         manifest = _manifest(settled, target, candidates, chosen, accepted, decisions)
         manifest = layout.within(replace(manifest, mount=mount, serving=dict(serving or {})))
         baseline = replace(baseline, windows=windows)
+        if examine is not None:
+            examine(_publish(str(work / "examined"), manifest, chosen, baseline))
         with progress.step(f"publishing {settled.name} in {repo}"):
             deployment = _publish(str(repo), manifest, chosen, baseline)
     _remember(deployment, baseline, progress)

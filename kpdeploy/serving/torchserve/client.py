@@ -69,6 +69,15 @@ class TorchServeClient:
         found = answer(content, answered.get(JSON_LENGTH))
         return {spec.name: found[spec.name] for spec in manifest.signature.outputs}
 
+    def predict(self, model: str, body: bytes, content_type: str) -> tuple[int, bytes]:
+        """A request as it is to an archive of anybody: the status and the answer.
+
+        Raises:
+            Unreachable: no answer, or none in time.
+        """
+        status, _, content = self._ask("POST", f"/predictions/{quote(model)}", body, {"Content-Type": content_type})
+        return status, content
+
     def _ask(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> tuple[int, Any, bytes]:
         try:
             self._connection.request(method, path, body=body or None, headers={**self._headers, **headers})

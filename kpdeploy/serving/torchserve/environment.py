@@ -26,6 +26,12 @@ from kpdeploy.serving.triton.environment import cache_folder, installed, make_en
 TORCHSERVE_PACKAGES = (*TORCHSERVE, "torch-model-archiver==0.12.0")
 OTHERS = ("psutil", "packaging", "pillow")
 """What the server imports; taken from the user's environment where that has it."""
+_EXPLAINED = ("captum", "tqdm", "matplotlib")
+HANDLER_PACKAGES = {
+    "text_classifier": _EXPLAINED,
+    **dict.fromkeys(("image_classifier", "object_detector", "image_segmenter"), ("torchvision", *_EXPLAINED)),
+}
+"""What stock handlers import beside torch: captum, with all that it asks for, whatever they are asked."""
 
 JAVA = 11
 """The oldest release that TorchServe 0.12 runs on."""
@@ -67,8 +73,24 @@ def environment_folder(pins: tuple[str, ...] = ()) -> Path:
     return cache_folder() / f"torchserve-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
 
 
-def ensure_environment(progress: Progress, manifests: Iterable[Manifest] = ()) -> ServerEnvironment:
-    """The server's environment, made now if this is the first time.
+def handler_packages(handlers: Iterable[str]) -> list[list[str]]:
+    """What TorchServe's stock handlers import that is not here, as pip's arguments: torchvision of this torch's
+    release, and captum, which explains answers."""
+    wanted = [name for name in handlers if name in HANDLER_PACKAGES]
+    found = dict.fromkeys(package for name in wanted for package in HANDLER_PACKAGES[name])
+    missing = [name for name in found if installed(name) is None]
+    # torchvision 0.28 is that of torch 2.13.
+    minor = int((installed("torch") or "2.13").split(".")[1])
+    named = {"torchvision": f"torchvision==0.{minor + 15}.*"}
+    # With their dependencies pip would install torch once more.
+    alone = ("torchvision", "captum")
+    return [[*(["--no-deps"] if name in alone else []), named.get(name, name)] for name in missing]
+
+
+def ensure_environment(
+    progress: Progress, manifests: Iterable[Manifest] = (), *, handlers: Iterable[str] = ()
+) -> ServerEnvironment:
+    """The server's environment, made now if this is the first time; `handlers` are stock ones that shall run in it.
 
     Raises:
         ServerUnavailable: it could not be installed.
@@ -77,8 +99,9 @@ def ensure_environment(progress: Progress, manifests: Iterable[Manifest] = ()) -
     check_java()
     missing = [name for name in ("numpy", "torch", *OTHERS) if installed(name) is None]
     pins = tuple(dict.fromkeys((*runtime_pins(manifests), *missing)))
-    folder = environment_folder(pins)
-    wanted = [["--no-deps", *TORCHSERVE_PACKAGES], *([pin] for pin in pins)]
+    extra = handler_packages(handlers)
+    folder = environment_folder((*pins, *(arguments[-1] for arguments in extra)))
+    wanted = [["--no-deps", *TORCHSERVE_PACKAGES], *([pin] for pin in pins), *extra]
     make_environment(folder, wanted, progress, title="installing TorchServe 0.12.0, once (about 50 MB)")
     return ServerEnvironment(prefix=folder)
 

@@ -106,17 +106,21 @@ def serve(
 
 @contextmanager
 def running_archives(
-    archives: Sequence[Path], *, ready_timeout_s: float = 120, progress: Progress = SILENT
+    archives: Sequence[Path],
+    *,
+    handlers: Sequence[str] = (),
+    ready_timeout_s: float = 120,
+    progress: Progress = SILENT,
 ) -> Iterator[Server]:
     """Serve archives of anybody as they are, on free ports of loopback with tokens: their code runs, as TorchServe
-    has it.
+    has it. `handlers` are the stock ones among theirs, whose packages are installed.
 
     Raises:
         PortInUse, ServerUnavailable, LibraryMissing, ModelLoadFailed, ServerDied, NotReady: as `serve`.
     """
     free = Addresses(inference=0, management=0, metrics=0, grpc_inference=0, grpc_management=0)
     with scratch() as space:
-        environment = ensure_environment(progress)
+        environment = ensure_environment(progress, handlers=handlers)
         server = Server("", claim(free), space, environment, token=True, progress=progress)
         try:
             server.start_archives(archives, ready_timeout_s=ready_timeout_s)

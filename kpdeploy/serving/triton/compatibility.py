@@ -16,6 +16,7 @@ from kpdeploy.errors import DigestMismatch
 from kpdeploy.hardware import detect, memory_bytes, packages
 from kpdeploy.memory import MemoryPlan, point_told, size
 from kpdeploy.ops.libraries import contract
+from kpdeploy.serving.triton.config import HANDLER_FORMAT
 from kpdeploy.serving.triton.containers import (
     CALL_SPEC_SINCE,
     CONTAINERS,
@@ -221,6 +222,9 @@ def _files(manifest: Manifest, folder: Path) -> Decision:
 
 def _backend(manifest: Manifest, where: Container) -> Decision:
     """Is there something that loads the format at all?"""
+    if manifest.format == HANDLER_FORMAT:
+        needed = " and ".join(("NumPy", *manifest.settings.get("packages", ())))
+        return Applied(what="backend", detail=f"python; its Python needs {needed}, which launch.sh installs")
     name = BACKENDS.get(manifest.format, manifest.format)
     if manifest.format == "pt2":
         name = "torch_aoti"

@@ -18,7 +18,7 @@ from kpdeploy.artifact import DIGEST, Manifest
 from kpdeploy.baseline import Baseline
 from kpdeploy.errors import FormatUnavailable, RepositoryBroken
 from kpdeploy.inputs import Array
-from kpdeploy.signature import Signature, TensorSpec
+from kpdeploy.signature import BYTES, Signature, TensorSpec
 
 CONFIG = "config.pbtxt"
 WARMUP = "warmup"
@@ -35,6 +35,9 @@ class Loader:
     parameters: tuple[tuple[str, str], ...] = ()
     threads_parameter: str = ""
 
+
+HANDLER_FORMAT = "handler"
+"""The format of a handler (see kpdeploy.serving.triton.handler); every other one is a model's."""
 
 LOADERS = {
     "onnx": Loader(backend="onnxruntime", threads_parameter="intra_op_thread_count"),
@@ -53,6 +56,7 @@ LOADERS = {
         parameters=(("PERFORMANCE_HINT", "LATENCY"), ("NUM_STREAMS", "1")),
         threads_parameter="INFERENCE_NUM_THREADS",
     ),
+    HANDLER_FORMAT: Loader(backend="python"),
 }
 
 _GRAPH_LEVELS = {"none": 2, "basic": -1, "extended": 1}
@@ -140,6 +144,8 @@ def _set_settings(config: Any, manifest: Manifest, loader: Loader) -> None:
 
 
 def _data_type(dtype: str) -> Any:
+    if dtype == BYTES:
+        return TritonType.Value("TYPE_STRING")
     return TritonType.Value(f"TYPE_{np_to_triton_dtype(np.dtype(dtype))}")
 
 
@@ -172,6 +178,11 @@ def _warmup_inputs(manifest: Manifest, baseline: Baseline) -> Iterator[tuple[str
         yield name, warmup_file(manifest.version, name), array[0] if manifest.max_batch_size else array
 
 
+def _warmed_up(manifest: Manifest, baseline: Baseline) -> bool:
+    # A handler asks its model, which may not be loaded yet.
+    return bool(baseline.exchanges) and manifest.format != HANDLER_FORMAT
+
+
 def warmup_file(version: int, name: str) -> str:
     """A file of the warm-up folder, which all versions share. Names may hold slashes; files may not."""
     return f"v{version}-{quote(name, safe='')}"
@@ -179,7 +190,7 @@ def warmup_file(version: int, name: str) -> str:
 
 def warmup_files(manifest: Manifest, baseline: Baseline) -> dict[str, bytes]:
     """The contents of the files that the configuration's warm-up names, by file name. Raw bytes, C order."""
-    if not baseline.exchanges:
+    if not _warmed_up(manifest, baseline):
         return {}
     return {file: np.asarray(array).tobytes() for _, file, array in _warmup_inputs(manifest, baseline)}
 
@@ -187,7 +198,7 @@ def warmup_files(manifest: Manifest, baseline: Baseline) -> dict[str, bytes]:
 def _warmups(manifest: Manifest, baseline: Baseline) -> list[Any]:
     """One request alone, and as many at once as fill a batch (Triton sends the row `batch_size` times). `dims` leave
     the batch axis out, as everywhere; a model that does not batch takes the whole request at a batch size of 1."""
-    if not baseline.exchanges:
+    if not _warmed_up(manifest, baseline):
         return []
     batch_sizes = sorted({1, max(1, manifest.max_batch_size)})
     return [_warmup(manifest, baseline, batch_size=size) for size in batch_sizes]

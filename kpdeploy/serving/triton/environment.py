@@ -82,10 +82,11 @@ def cache_folder() -> Path:
 
 
 def runtime_pins(manifests: Iterable[Manifest]) -> tuple[str, ...]:
-    """Requirements, by exact version, for the runtime packages that the user's environment does not have."""
+    """Requirements, by exact version, for the runtime packages, and those of handlers, that the user's
+    environment does not have."""
     pins = set()
     for manifest in manifests:
-        for package in PACKAGES[manifest.format]:
+        for package in PACKAGES.get(manifest.format) or manifest.settings.get("packages", ()):
             if installed(package) is None:
                 version = manifest.environment.get("packages", {}).get(package, "")
                 # A local version such as 2.9.0+cpu is not on PyPI.

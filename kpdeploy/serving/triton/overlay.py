@@ -21,15 +21,23 @@ from kpdeploy.artifact import DIGEST, Manifest, located
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken
 from kpdeploy.runtimes import PACKAGES, source
-from kpdeploy.serving.triton.config import CONFIG, LABELS, WARMUP, read_config, write_config
+from kpdeploy.serving.triton.config import CONFIG, HANDLER_FORMAT, LABELS, WARMUP, read_config, write_config
 
-BACKENDS = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "pytorch", "pt2": "pytorch", "cuda": "python"}
+BACKENDS = {
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "torchscript": "pytorch",
+    "pt2": "pytorch",
+    "cuda": "python",
+    HANDLER_FORMAT: "python",
+}
 """The folder name of the native backend that NVIDIA's container runs each format with."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """One deployment as the server runs it: `native` by a backend of its own, else through the overlay."""
+    """One deployment as the server runs it: `native` by a backend of its own, else through the overlay. `instances`
+    are processes of the python backend."""
 
     deployment: Deployment
     native: bool
@@ -73,9 +81,11 @@ def write_overlay(
     model_folder = version_folder.parent
     manifest.check_files(version_folder)
     target = folder / manifest.model
-    if backends_dir is not None and (backends_dir / BACKENDS[manifest.format]).is_dir():
+    backend = BACKENDS[manifest.format]
+    if manifest.format == HANDLER_FORMAT or (backends_dir is not None and (backends_dir / backend).is_dir()):
         _replace_link(target, model_folder)
-        return Served(deployment=deployment, native=True, runtime=BACKENDS[manifest.format], instances=0)
+        processes = instances(_native_config(model_folder / CONFIG)) if manifest.format == HANDLER_FORMAT else 0
+        return Served(deployment=deployment, native=True, runtime=backend, instances=processes)
     if target.is_symlink():
         target.unlink()
     files = target / str(manifest.version)

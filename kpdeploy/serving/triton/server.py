@@ -230,7 +230,7 @@ class Server:
         self._end_retired(stubs)
         living = Counter(name for pid, name in stubs.items() if pid not in self._retired)
         for model, served in self.served.items():
-            if served.native or living[model] >= served.instances:
+            if living[model] >= served.instances:
                 continue
             if self._watcher.closing or self.process.exit_status() is not None:
                 return
