@@ -222,8 +222,8 @@ def _watched(repo: str, model: str | None, served: Path | None = None) -> list[W
         deployment = find_deployment(repo, name)
         recorded = ServedBaseline.read(served, deployment) if served is not None else find_served(deployment)
         with local_files(deployment) as folder:
-            latencies = Baseline.read(folder).latencies
-        found.append(watched(deployment, latencies, Golden.read(deployment).points, recorded))
+            windows = Baseline.read(folder).windows
+        found.append(watched(deployment, windows, Golden.read(deployment).points, recorded))
     return found
 
 
@@ -383,6 +383,14 @@ def _tell(alert: dict[str, Any], file: Path | None, *, as_json: bool) -> None:
         console.err.print(f"  next: {said.get('next', '')}", markup=False)
 
 
+def _points(repo: str) -> dict[str, tuple[str, ...]]:
+    """The points of the golden requests of each model."""
+    from kpdeploy.monitoring.probe import Golden
+    from kpdeploy.serving.repository import read_repository
+
+    return {d.model: Golden.read(d).points for d in read_repository(repo)}
+
+
 @command.command()
 @click.argument("repo", metavar="REPO")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File to write.  [default: standard output]")
@@ -398,7 +406,7 @@ def dashboard(repo: str, output: Path | None, as_json: bool) -> None:
 
     from kpdeploy.cli import console
 
-    made = _monitoring("dashboard").dashboard(_models(repo, None))
+    made = _monitoring("dashboard").dashboard(_points(repo))
     if output is None or as_json:
         console.print_json(made)
     if output is not None:

@@ -1,7 +1,8 @@
 """Prometheus rules for the models of a repository: what is recorded, what is an alert, and what to do then.
 
 Latencies are compared like with like: with the served baseline, which came through the probe's own path, and only while
-the machine is not much busier than it was then. Where none was recorded, the export's own times are an upper bound.
+the machine is not much busier than it was then. Where none was recorded, the windows that the export took of the
+packaged artifact are an upper bound.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kpdeploy.artifact import Latency
-from kpdeploy.baseline import BUCKETS_SECONDS
+from kpdeploy.baseline import BUCKETS_SECONDS, Windows
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, UnknownName
 from kpdeploy.monitoring import metrics
-from kpdeploy.monitoring.served import ServedBaseline
+from kpdeploy.monitoring.served import ServedBaseline, quantile
 
 RUNBOOK = "docs/runbook.md"
 RATIO = 1.25
@@ -119,11 +119,19 @@ class Alert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a golden request should take, in seconds."""
+
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Watched:
-    """One deployment with what its latencies are compared with: seconds by the label of the golden request's point."""
+    """One deployment with what its latencies are compared with, by the label of the golden request's point."""
 
     deployment: Deployment
-    expected: Mapping[str, float]
+    expected: Mapping[str, Expected]
     served: ServedBaseline | None
 
     @property
@@ -170,7 +178,7 @@ class Watched:
 
 
 def watched(
-    deployment: Deployment, latencies: Sequence[Latency], points: Sequence[str], served: ServedBaseline | None
+    deployment: Deployment, windows: Sequence[Windows], points: Sequence[str], served: ServedBaseline | None
 ) -> Watched:
     """What each golden request should take: as served, else an upper bound from the export.
 
@@ -178,8 +186,9 @@ def watched(
         BaselineUnusable: there is neither.
     """
     if served is not None:
-        return Watched(deployment=deployment, served=served, expected={p.point: p.median for p in served.points})
-    expected = {point: bound for point in points if (bound := _bound(point, latencies)) is not None}
+        taken = {p.point: Expected(p50=p.median, p99=quantile(0.99, p.counts)) for p in served.points}
+        return Watched(deployment=deployment, served=served, expected=taken)
+    expected = {point: bound for point in points if (bound := _bound(point, windows)) is not None}
     if not expected:
         raise BaselineUnusable(
             f"{deployment.model} version {deployment.version} has no baseline",
@@ -189,11 +198,18 @@ def watched(
     return Watched(deployment=deployment, served=None, expected=expected)
 
 
-def _bound(point: str, latencies: Sequence[Latency]) -> float | None:
-    """The shortest time that the export took for a request at least as large in every axis, with the allowance."""
+def _bound(point: str, windows: Sequence[Windows]) -> Expected | None:
+    """The shortest times that the export took for a request at least as large in every axis, with the allowance."""
     sizes = dict(part.split("=") for part in point.split(",") if "=" in part)
-    larger = [e.p50_ms for e in latencies if all(e.point.get(axis, 0) >= int(size) for axis, size in sizes.items())]
-    return ALLOWANCE_RATIO * min(larger) / 1e3 + ALLOWANCE_SECONDS if larger else None
+    larger = [e for e in windows if all(e.point.get(axis, 0) >= int(size) for axis, size in sizes.items())]
+    if not larger:
+        return None
+    p50, p99 = (
+        min(map(statistics.median, taken)) for taken in zip(*((e.p50_ms, e.p99_ms) for e in larger), strict=True)
+    )
+    return Expected(
+        p50=ALLOWANCE_RATIO * p50 / 1e3 + ALLOWANCE_SECONDS, p99=ALLOWANCE_RATIO * p99 / 1e3 + ALLOWANCE_SECONDS
+    )
 
 
 def rule_groups(models: Sequence[Watched], *, slo: Slo, intervals: Intervals, runbook: str = RUNBOOK) -> dict[str, Any]:
@@ -213,13 +229,14 @@ def rule_groups(models: Sequence[Watched], *, slo: Slo, intervals: Intervals, ru
 def recorded(model: Watched, intervals: Intervals, slo: Slo) -> Iterator[dict[str, Any]]:
     """Baselines as constants, and the latencies as the alerts and the dashboard read them."""
     labels = {"model": model.deployment.model, "version": str(model.deployment.version)}
-    for point, seconds in model.expected.items():
-        source = "served" if model.served is not None else "export"
-        yield {
-            "record": "kpdeploy:baseline_p50_seconds",
-            "expr": f"vector({seconds:.6g})",
-            "labels": {**labels, "point": point, "source": source},
-        }
+    source = "served" if model.served is not None else "export"
+    for point, expected in model.expected.items():
+        for name, seconds in (("p50", expected.p50), ("p99", expected.p99)):
+            yield {
+                "record": f"kpdeploy:baseline_{name}_seconds",
+                "expr": f"vector({seconds:.6g})",
+                "labels": {**labels, "point": point, "source": source},
+            }
     bucket = f"{metrics.LATENCY.name}_bucket{model.selector}"
     for name, seconds in (("short", intervals.short), ("long", intervals.long)):
         for q in (0.5, 0.99):

@@ -76,7 +76,7 @@ def _healthy(model: Watched, intervals: Intervals, slo: Slo) -> Series:
     """A model that does what it should: one request a scrape and point, as fast as its baseline."""
     steps = MINUTES * 60 // intervals.every
     # As fast as the baseline and as was promised, whichever is less.
-    quick = slo.seconds / max(model.expected.values()) if slo.seconds else 1.0
+    quick = slo.seconds / max(expected.p50 for expected in model.expected.values()) if slo.seconds else 1.0
     outputs = [spec.name for spec in model.deployment.manifest.signature.outputs]
     series = {
         metrics.REQUESTS.name + _labels(model): f"0+{len(model.expected)}x{steps}",
@@ -105,10 +105,11 @@ def _bounds(seconds: float, slo: Slo) -> list[float]:
 def _latencies(model: Watched, steps: int, factor: float, slo: Slo) -> Series:
     """Every request takes `factor` times its baseline."""
     series = {}
-    for point, seconds in model.expected.items():
-        for bound in _bounds(factor * seconds, slo):
+    for point, expected in model.expected.items():
+        seconds = factor * expected.p50
+        for bound in _bounds(seconds, slo):
             le = "+Inf" if bound == float("inf") else str(bound)
-            values = f"0+1x{steps}" if bound >= factor * seconds else f"0x{steps}"
+            values = f"0+1x{steps}" if bound >= seconds else f"0x{steps}"
             series[f"{metrics.LATENCY.name}_bucket" + _labels(model, point=point, le=le)] = values
         series[f"{metrics.LATENCY.name}_count" + _labels(model, point=point)] = f"0+1x{steps}"
     return series

@@ -22,6 +22,7 @@ from kpdeploy.pipeline import Watching, watch
 from kpdeploy.serving.triton import control
 
 MODEL = "watched"
+POINTS = ("batch=1", "batch=2")
 PATIENCE_SECONDS = 90
 # What a machine without a GPU cannot have, and what is there only once something failed.
 ABSENT = ("nv_gpu_", "kpdeploy_probe_errors_total")
@@ -78,7 +79,7 @@ def queries() -> list[tuple[str, str]]:
     """(panel, expression) of all panels, for this model."""
     return [
         (panel.title, expr.replace("$model", MODEL))
-        for panels in dashboard.rows().values()
+        for panels in dashboard.rows({MODEL: POINTS}).values()
         for panel in panels
         for _, expr in panel.queries
     ]

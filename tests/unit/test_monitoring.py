@@ -10,17 +10,18 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fastjsonschema
 import numpy as np
 import pytest
 from tiny_version import manifest
 
-from kpdeploy.artifact import Latency
-from kpdeploy.baseline import BUCKETS_SECONDS, histogram
+from kpdeploy.baseline import BUCKETS_SECONDS, Windows, histogram
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, ClockSkewed, ModelNotServed, RulesBroken, UnknownName, Unreachable
 from kpdeploy.monitoring import metrics, stack
-from kpdeploy.monitoring.alerts import Intervals, Slo, Watched, alerts_of, rule_groups, watched
+from kpdeploy.monitoring.alerts import Expected, Intervals, Slo, Watched, alerts_of, rule_groups, watched
 from kpdeploy.monitoring.dashboard import dashboard, rows
 from kpdeploy.monitoring.probe import reason_of, schedule
 from kpdeploy.monitoring.rule_tests import test_file as rule_test_file
@@ -98,9 +99,12 @@ def test_every_alert_says_what_it_means_and_what_to_do_and_stands_in_the_runbook
 
 
 def test_without_a_served_baseline_the_export_is_an_upper_bound_and_the_alert_says_so() -> None:
-    timed = (Latency(point={"batch": 1, "width": 9}, p50_ms=4.0, p99_ms=5.0, calls=9),)
-    found = watched(DEPLOYMENT, timed, ("batch=1,width=3", "batch=8,width=9"), None)
-    assert found.expected == {"batch=1,width=3": pytest.approx(0.018)}
+    point = {"batch": 1, "width": 9}
+    timed = Windows.of([4.0, 4.0, 4.0, 5.0], point=point, rows=1, memory_bytes=0, count=1)
+    slower = Windows.of([40.0] * 4, point={"batch": 1, "width": 90}, rows=1, memory_bytes=0, count=1)
+    found = watched(DEPLOYMENT, (slower, timed), ("batch=1,width=3", "batch=8,width=9"), None)
+    (expected,) = found.expected.items()
+    assert expected == ("batch=1,width=3", Expected(p50=pytest.approx(0.018), p99=pytest.approx(0.01994)))
     (alert,) = (a for a in alerts_of(found, slo=Slo(), intervals=Intervals()) if a.name == "KpdeployLatencyRegressed")
     assert "no served baseline" in alert.meaning
 
@@ -165,12 +169,52 @@ def test_reasons(error: Unreachable | ModelNotServed, reason: str) -> None:
     assert reason in metrics.REASONS
 
 
-def test_the_dashboard_holds_every_panel_and_no_null() -> None:
-    made = json.dumps(dashboard(["tiny"]))
-    assert "null" not in made
-    for panels in rows().values():
-        for panel in panels:
-            assert json.dumps(panel.title, ensure_ascii=True) in made
+GRAFANA = json.loads((Path(__file__).parents[1] / "grafana_dashboard.schema.json").read_text())
+MODELS = {"tiny": ("batch=1,width=3", "batch=8,width=3"), "other": ("fixed",)}
+
+
+def grafana_takes(made: dict[str, Any]) -> None:
+    fastjsonschema.compile(GRAFANA, use_default=False)(made)
+
+
+def test_the_dashboard_is_what_grafana_takes_and_holds_every_panel() -> None:
+    made = dashboard(MODELS)
+    grafana_takes(made)
+    titles = [panel["title"] for panel in made["panels"]]
+    assert len(titles) == len(set(titles))
+    for row, panels in rows(MODELS).items():
+        assert {row, *(panel.title for panel in panels)} <= set(titles)
+
+
+def test_panels_do_not_overlap() -> None:
+    taken = set()
+    for panel in dashboard(MODELS)["panels"]:
+        x, y, w, h = (panel["gridPos"][key] for key in "xywh")
+        cells = {(column, line) for column in range(x, x + w) for line in range(y, y + h)}
+        assert x + w <= 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("style",), "dark"),
+        (("panels", 1, "type"), "graph"),
+        (("panels", 1, "targets", 0, "expr"), None),
+        (("panels", 1, "gridPos", "w"), "wide"),
+        (("panels", 1, "fieldConfig", "defaults", "unknown"), 1),
+        (("annotations", "list", 0, "expr"), "up"),
+    ],
+)
+def test_the_schema_of_grafana_refuses_what_it_does_not_know(place: tuple[str | int, ...], value: object) -> None:
+    made: Any = dashboard(MODELS)
+    where = made
+    for key in place[:-1]:
+        where = where[key]
+    where[place[-1]] = value
+    with pytest.raises(fastjsonschema.JsonSchemaValueException):
+        grafana_takes(made)
 
 
 @NEEDS_PROMTOOL
