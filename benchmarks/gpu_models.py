@@ -37,6 +37,7 @@ from kpdeploy.load.factory import from_module
 from kpdeploy.load.flat import Flat
 from kpdeploy.ops import register
 from kpdeploy.optimize import fuse
+from kpdeploy.optimize.lowered import lowered
 from kpdeploy.runtimes import cuda
 
 ROUNDS = 7
@@ -215,7 +216,7 @@ def floor_us(module: torch.nn.Module, work: Work, top: Mapping[str, float]) -> f
     return max(operations / top["bf16_tflops"] / 1e6, weights / top["copy_gbs"] / 1e3)
 
 
-def made(model: Any, precision: str, folder: Path, works: Sequence[Work], samples: Sequence[Any]) -> Any:
+def programs(model: Any, precision: str, folder: Path, works: Sequence[Work], samples: Sequence[Any]) -> Any:
     """The program in one precision, loaded with a bucket for each row and no others."""
     fused = fuse(model)
     print("  ", "; ".join(d.what for d in fused.decisions if isinstance(d, Applied)), flush=True)
@@ -229,8 +230,9 @@ def made(model: Any, precision: str, folder: Path, works: Sequence[Work], sample
         padded = tuple(a.name for a in model.signature.axes) if masked else ("batch",)
         form = graphs.Form(precision=precision, dropped=dropped, padded=padded)
         began = time.perf_counter()
-        told = graphs.export(capture, inner, form, samples=samples, budget=1.0)
-        print("  ", precision, [d.what for d in told], f"{time.perf_counter() - began:.0f} s", flush=True)
+        made = lowered(capture.program, bits=precision, dropped=dropped, device="cuda", samples=samples, budget=1.0)
+        graphs.export(capture, inner, form, module=made.module)
+        print("  ", precision, [d.what for d in made.decisions], f"{time.perf_counter() - began:.0f} s", flush=True)
         described = json.loads((inner / graphs.GRAPHS).read_text())
         described["buckets"] = [bucket(work) for work in works if (work.tokens < 1) == dropped]
         (inner / graphs.GRAPHS).write_text(json.dumps(described))
@@ -268,7 +270,7 @@ def measured(
         for precision in precisions:
             (place := Path(folder) / precision).mkdir()
             try:
-                run[precision] = made(model, precision, place, works, samples)
+                run[precision] = programs(model, precision, place, works, samples)
             except Exception as error:
                 print(
                     f"   {precision}: {type(error).__name__} {str(error)[:300]} {getattr(error, 'why', '')[:600]}",

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.decision import Applied, Decision
 from kpdeploy.errors import ExportFailed
-from kpdeploy.inputs import Tensors, lead_axis
+from kpdeploy.inputs import lead_axis
+from kpdeploy.ops.packed_attention import PLACES
 from kpdeploy.signature import Axis, Point, Signature, TensorSpec, Values
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 FILENAME = "model.pt2"
 GRAPHS = "graphs.json"
-FP8 = "fp8.json"
-"""What each product of a program in 8 bits costs alone, and the scale of its input."""
 
 LENGTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Sizes of a bucket along an axis that is no batch."""
@@ -46,57 +43,27 @@ class Form:
     padded: tuple[str, ...] = ()
 
 
-def export(
-    capture: Capture,
-    folder: Path,
-    form: Form = Form(),
-    *,
-    device: str = "cuda",
-    samples: Sequence[Tensors] = (),
-    budget: float = 0,
-) -> tuple[Decision, ...]:
-    """Write model.pt2 and graphs.json of a capture of fused ops into `folder`.
-
-    `samples` are inputs that fp8 takes its scales from, `budget` the error that it may have. `device` "cpu" is for
-    tests.
+def export(capture: Capture, folder: Path, form: Form = Form(), *, module: Any = None, device: str = "cuda") -> None:
+    """Write model.pt2 and graphs.json into `folder`: of `module`, a rewritten form of a capture, or of the capture as
+    it is. `device` "cpu" is for tests.
 
     Raises:
-        ExportFailed: the program cannot be made in this form.
+        ExportFailed: it cannot be captured, or written.
     """
     import torch
 
     from kpdeploy.export.capture import quiet, reason
-    from kpdeploy.optimize import pack, precision, products
 
-    # A copy: it shares its weights with the model that the proof asks.
-    module: GraphModule = copy.deepcopy(capture.program.module(check_guards=False))
-    decisions: list[Decision] = []
     try:
         with quiet(), torch.no_grad():
-            products.through_op(module)
-            # With its index: torch.export tells "cuda" from "cuda:0".
-            precision.place(module, torch.empty(0, device=device).device)
-            if form.precision != "float32":
-                half = torch.bfloat16 if form.precision == "fp8" else getattr(torch, form.precision)
-                precision.lower(module, half)
-            if form.precision == "fp8":
-                from kpdeploy.optimize import fp8
-
-                told, layers = fp8.lower(module, samples, budget)
-                decisions += told
-                (folder / FP8).write_text(json.dumps(fp8.report(layers), indent=2))
-            if form.dropped:
-                decisions.append(pack.pack(module, given=True))
-                if isinstance(decisions[-1], Skipped):
-                    raise ExportFailed(f"padding cannot be dropped from {capture.model.name}", why=decisions[-1].reason)
-            program = _program(capture, module, dropped=form.dropped)
+            program = capture.program if module is None else _program(capture, module, dropped=form.dropped)
             torch.export.save(program, folder / FILENAME)
     except ExportFailed:
         raise
     except Exception as error:
-        raise ExportFailed(f"{capture.model.name} cannot be made in {form.precision}", why=reason(error)) from None
+        why = reason(error)
+        raise ExportFailed(f"{capture.model.name} cannot be written in {form.precision}", why=why) from None
     (folder / GRAPHS).write_text(json.dumps(described(capture.signature, form, device)))
-    return tuple(decisions)
 
 
 def _program(capture: Capture, module: GraphModule, *, dropped: bool) -> torch.export.ExportedProgram:
@@ -117,15 +84,13 @@ def _program(capture: Capture, module: GraphModule, *, dropped: bool) -> torch.e
 
 def _with_places(signature: Signature) -> Signature:
     """The signature of a program that is told where tokens are (kpdeploy.optimize.pack)."""
-    from kpdeploy.optimize.pack import INPUTS
-
     rows = signature.axis(lead_axis(signature)).max
     places = rows * math.prod(a.max for a in signature.axes if a.name != lead_axis(signature))
     axes = (*signature.axes, Axis(name="tokens", min=1, max=places), Axis(name="bounds", min=2, max=rows + 1))
     zeros = Values(kind="range", low=0, high=0)
     shapes = (("tokens",), ("tokens",), ("bounds",))
     added = [
-        TensorSpec(name=n, dtype="int64", shape=shape, values=zeros) for n, shape in zip(INPUTS, shapes, strict=True)
+        TensorSpec(name=n, dtype="int64", shape=shape, values=zeros) for n, shape in zip(PLACES, shapes, strict=True)
     ]
     return replace(signature, inputs=(*signature.inputs, *added), axes=axes)
 

@@ -51,6 +51,11 @@ def fake(
     return query.new_empty(query.shape)
 
 
+PLACES = ("sources", "targets", "offsets")
+"""The inputs, all int64, that tell a program without padding where tokens are, where it does not look for them
+itself: `sources` [T], their places in the batch, counted over its rows; `targets` [T], the same, where B * S is for a
+token that belongs nowhere; `offsets` [B + 1], where the tokens of each row begin."""
+
 ONNX_BODY = """
 PackedAttention <heads, kv_heads, scale, causal> (query, key, value, offsets) => (out) {
     one = Constant <value_int = 1> ()

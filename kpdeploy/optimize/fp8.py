@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,12 +38,13 @@ JUDGED = 4
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """One product: its node, the name of its weight, the scale of its input, and what it costs alone, as error of the
-    outputs."""
+    outputs. `kept`: it stays in 16 bits."""
 
     node: Node
     name: str
     scale: float
     error: float
+    kept: bool = False
 
 
 def lower(module: GraphModule, samples: Sequence[Tensors], budget: float) -> tuple[list[Decision], list[Layer]]:
@@ -73,11 +74,7 @@ def lower(module: GraphModule, samples: Sequence[Tensors], budget: float) -> tup
     named = ", ".join(f"{layer.name} {layer.error:.1e}" for layer in left[:3])
     why = f"the budget does not hold them; the errors of the worst alone: {named}"
     told = [Skipped(what=f"fp8 in {len(left)} products", reason=why)] if left else []
-    return [Applied(what=what, detail=detail), *told], layers
-
-
-def report(layers: Sequence[Layer]) -> list[dict[str, Any]]:
-    return [{"layer": layer.name, "scale": layer.scale, "error_alone": layer.error} for layer in layers]
+    return [Applied(what=what, detail=detail), *told], [replace(layer, kept=layer in left) for layer in layers]
 
 
 # Judging: what each product costs.

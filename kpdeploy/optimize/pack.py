@@ -17,12 +17,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.ops import NAMESPACE
+from kpdeploy.ops.packed_attention import PLACES
 from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, same_size, sweep
 
 WHAT = "padding dropped"
-
-INPUTS = ("sources", "targets", "offsets")
-"""The inputs that tell a packed module where tokens are, where it does not look for them itself."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,8 @@ LIGHT: dict[str, Callable[[Node], bool]] = {
 def pack(module: GraphModule, *, given: bool = False) -> Decision:
     """Rewrite a module of fused ops in place; Skipped where it stays as it is, for the reason given.
 
-    Where the tokens are is found from the mask; or it is `given` by three inputs more, int64, for callers that need
-    sizes to be known: `sources` [T], the places of tokens in the batch, counted over its rows; `targets` [T], the same,
-    where B * S is for a token that belongs nowhere; `offsets` [B + 1], where the tokens of each row begin.
+    Where the tokens are is found from the mask; or it is `given` by three inputs more, PLACES, for callers that need
+    sizes to be known.
     """
     attentions = list(calls(module.graph, torch.ops.kpdeploy.attention.default))
     mask = _shared_mask(attentions)
@@ -170,7 +167,7 @@ class _Writer:
         self.added: set[Node] = set()
         with graph.inserting_before(_following(mask)):
             if given:
-                self.sources, self.targets, self.offsets = map(graph.placeholder, INPUTS)
+                self.sources, self.targets, self.offsets = map(graph.placeholder, PLACES)
             self.sizes = [self.call(aten.sym_size.int, mask, 0), self.call(aten.sym_size.int, mask, 1)]
             self.batch = self.places = self.call(operator.mul, *self.sizes)
             if given:

@@ -162,8 +162,8 @@ def export(
         fused = {} if fuse == "never" else fuse_for(capture, wanted, progress, must=fuse == "always")
         candidates = try_formats(capture, fused, wanted, asked + real, tolerances, progress, plain=fuse != "always")
         fusion = fused.get("cuda", Fusion(()))
-        on_gpu = OnGpu(capture, fusion, asked + real, samples, tolerances, budget.as_error, progress)
-        lower = Lower(capture, asked, real, samples, budget, progress, on_gpu)
+        on_gpu = OnGpu(capture, fusion, samples, budget.as_error, progress)
+        lower = Lower(capture, asked, real, samples, budget, tolerances, progress, on_gpu)
         for rung in rungs:
             candidates += [lower.candidate(way, candidates) for way in rung]
             candidates, windows = measure(candidates, settled.signature, progress)

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kpdeploy.artifact import Artifact
+from kpdeploy.artifact import Artifact, LayerError
 from kpdeploy.backends import Lowering
-from kpdeploy.compare import TOLERANCES
 from kpdeploy.decision import Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors, lead_axis
 from kpdeploy.ops.libraries import TORCH, find
-from kpdeploy.pipeline.candidates import Candidate, Fusion, prove_one
+from kpdeploy.pipeline.candidates import Candidate, Fusion
 from kpdeploy.progress import Progress
-from kpdeploy.verify import Question, masked_axes
+from kpdeploy.verify import masked_axes
 
 if TYPE_CHECKING:
     from kpdeploy.export import Capture
     from kpdeploy.export.cuda import Form
+    from kpdeploy.optimize.lowered import Lowered
 
 
 @dataclass(frozen=True)
 class OnGpu:
-    """Makes and proves them. `device` "cpu" runs the same programs without graphs, for tests."""
+    """Makes the candidates; `budget` is the error that 8 bits may have on `samples`. `device` "cpu" runs the same
+    programs without graphs, for tests."""
 
     capture: Capture
     fusion: Fusion
-    asked: Sequence[Question]
     samples: Sequence[Tensors]
-    tolerances: Mapping[str, float]
     budget: float
     progress: Progress
     device: str = "cuda"
 
-    def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
-        """The first form of a way that passes its proof; else the last one, with the reason."""
+    def candidate(self, way: Lowering, known: Sequence[Candidate], prove: Callable[[Artifact], Candidate]) -> Candidate:
+        """The first form of a way that `prove` finds right; else the last one, with the reason."""
         settings = {**way.settings, "op_libraries": (TORCH,)}
         found = Candidate(format=way.format, settings=settings, level=way.level)
         if any(c.passed and c.format == way.format and c.level == way.level for c in known):
@@ -50,7 +49,7 @@ class OnGpu:
             folder = self.capture.folder / "artifacts" / f"{way.format}-{way.precision}-{index}"
             folder.mkdir(parents=True)
             shutil.copyfile(library, folder / library.name)
-            found = replace(self._tried(form, found, folder), level=way.level)
+            found = replace(self._tried(form, found, folder, prove), level=way.level)
             if found.passed:
                 break
         return found
@@ -66,7 +65,7 @@ class OnGpu:
         for axes in padded:
             yield Form(precision=way.precision, padded=axes)
 
-    def _tried(self, form: Form, blank: Candidate, folder: Path) -> Candidate:
+    def _tried(self, form: Form, blank: Candidate, folder: Path, prove: Callable[[Artifact], Candidate]) -> Candidate:
         from kpdeploy.export import cuda
 
         source = self.fusion.capture or self.capture
@@ -74,7 +73,8 @@ class OnGpu:
         blank = replace(blank, settings=settings)
         try:
             with self.progress.step(f"exporting {blank.label}"):
-                told = cuda.export(source, folder, form, device=self.device, samples=self.samples, budget=self.budget)
+                made = self._lowered(source, form)
+                cuda.export(source, folder, form, module=made.module, device=self.device)
         except ExportFailed as error:
             return replace(blank, reason=error.in_a_line)
         artifact = Artifact(
@@ -85,7 +85,32 @@ class OnGpu:
             output_names=tuple(spec.name for spec in source.signature.outputs),
             settings=settings,
         )
-        tolerances = self.tolerances if blank.level == 1 else dict.fromkeys(TOLERANCES, self.budget)
         with self.progress.step(f"proving {blank.label} in a fresh process"):
-            proven = prove_one(artifact, self.capture.model, self.asked, tolerances)
-        return replace(proven, decisions=(*told, cuda.told(form), *proven.decisions))
+            proven = prove(artifact)
+        layers = tuple(
+            LayerError(name=x.name, error=x.error, precision="bfloat16" if x.kept else "fp8") for x in made.layers
+        )
+        return replace(proven, layers=layers, decisions=(*made.decisions, cuda.told(form), *proven.decisions))
+
+    def _lowered(self, source: Capture, form: Form) -> Lowered:
+        from kpdeploy.export.capture import quiet, reason
+        from kpdeploy.load.calibration import calibration
+        from kpdeploy.optimize.lowered import lowered
+
+        samples = self.samples
+        if form.precision == "fp8" and not samples:
+            samples = calibration(source.signature, None)
+        try:
+            with quiet():
+                return lowered(
+                    source.program,
+                    bits=form.precision,
+                    dropped=form.dropped,
+                    device=self.device,
+                    samples=samples,
+                    budget=self.budget,
+                )
+        except ExportFailed:
+            raise
+        except Exception as error:  # whatever torch raises of a graph that does not run so
+            raise ExportFailed(f"{source.model.name} does not run in {form.precision}", why=reason(error)) from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kpdeploy.artifact import Artifact, LayerError
@@ -150,12 +151,13 @@ class Lower:
     real: Sequence[Question]
     samples: Sequence[Tensors]
     budget: Budget
+    tolerances: Mapping[str, float]
     progress: Progress
     on_gpu: OnGpu | None = None
 
     def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
         if self.on_gpu is not None and way.format == "cuda" and not way.missing:
-            return self.on_gpu.candidate(way, known)
+            return self.on_gpu.candidate(way, known, partial(self._proven, way))
         blank = Candidate(format=way.format, settings=way.settings, level=way.level, reason=way.missing)
         plain = next((c.artifact for c in known if c.format == way.format and c.level == 1 and not c.fused), None)
         if way.missing:
@@ -172,10 +174,16 @@ class Lower:
         except ExportFailed as error:
             return replace(blank, reason=error.in_a_line)
         with self.progress.step(f"proving {blank.label} in a fresh process"):
-            apart = bool(self.real) and self.budget.metric != "error"
-            judged, told_only = (self.real, self.asked) if apart else ((*self.asked, *self.real), ())
-            proven = prove_one(artifact, self.capture.model, judged, self.budget.tolerances, told_only)
+            proven = self._proven(way, artifact)
         return replace(proven, level=way.level, layers=layers, decisions=(*told, *proven.decisions))
+
+    def _proven(self, way: Lowering, artifact: Artifact) -> Candidate:
+        """Level 1 keeps the tolerances of rounding, the others the budget."""
+        if way.level == 1:
+            return prove_one(artifact, self.capture.model, (*self.asked, *self.real), self.tolerances)
+        apart = bool(self.real) and self.budget.metric != "error"
+        judged, told_only = (self.real, self.asked) if apart else ((*self.asked, *self.real), ())
+        return prove_one(artifact, self.capture.model, judged, self.budget.tolerances, told_only)
 
     def _quantized(self, plain: Artifact, way: Lowering) -> tuple[Artifact, Decision, tuple[LayerError, ...]]:
         from kpdeploy.export.int8 import quantize

@@ -11,15 +11,18 @@ bucket holds runs without a graph, and `run.missed` counts it. `graphs.json` bes
               the batch where a bucket has more tokens, and where each row's tokens begin
     buckets   {"batch": 8, "seq": 128, "tokens": 512} each; `tokens` only where padding is dropped
 
-Settings: `op_libraries` (paths). Arrays may be NumPy's, or tensors on the GPU: the answers are of the same kind.
+Settings: `op_libraries` (paths), `device_index` (which GPU; 0). Arrays may be NumPy's, or tensors on the GPU: the
+answers are of the same kind.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +40,10 @@ def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: 
     for library in settings.get("op_libraries", ()):
         torch.ops.load_library(library)
     described = json.loads(Path(path).with_name("graphs.json").read_text())
-    if described["device"] == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"the artifact runs on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+    if described["device"] == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(f"the artifact runs on an NVIDIA GPU, and torch {torch.__version__} sees none here")
+        torch.cuda.set_device(settings.get("device_index", 0))
     try:
         program = torch.export.load(path).module(check_guards=False)
     except RuntimeError as error:
@@ -46,7 +51,33 @@ def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: 
             raise
         why = "the model calls fused ops, whose kernels are in libkpdeploy_torch.so"
         raise RuntimeError(f"{why}: load that first (op_libraries, torch.ops.load_library or LD_PRELOAD)") from None
-    return Graphs(program, described)
+    with _constant_weights(settings.get("op_libraries", ())):
+        return Graphs(program, described)
+
+
+@contextlib.contextmanager
+def _constant_weights(libraries: Sequence[str]) -> Iterator[None]:
+    """Let the kernels that are captured read weights before the kernel ahead has ended: nobody writes them."""
+    switches = [getattr(ctypes.CDLL(library), "kpdeploy_use_constant_weights", None) for library in libraries]
+    before = [switch(1) if switch is not None else 0 for switch in switches]
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            if switch is not None:
+                switch(value)
+
+
+def memory() -> list[dict[str, Any]]:
+    """What this process holds on the GPU now: weights, inputs and CUDA graphs."""
+    if not torch.cuda.is_initialized():
+        return []
+    free, total = torch.cuda.mem_get_info()
+    held, name = torch.cuda.memory_reserved(), torch.cuda.get_device_name()
+    parts = {"weights and activations": torch.cuda.memory_allocated(), "room of CUDA graphs": held}
+    parts["room of CUDA graphs"] -= parts["weights and activations"]
+    parts["CUDA, libraries and graphs"] = max(0, total - free - held)
+    return [{"what": what, "bytes": count, "device": name} for what, count in parts.items()]
 
 
 def sizes_of(arrays: Arrays, shapes: Sequence[Sequence[int | str]]) -> dict[str, int]:

@@ -34,6 +34,7 @@ class Loader:
     platform: str = ""
     parameters: tuple[tuple[str, str], ...] = ()
     threads_parameter: str = ""
+    kind: int = ModelInstanceGroup.KIND_CPU
 
 
 HANDLER_FORMAT = "handler"
@@ -48,7 +49,12 @@ LOADERS = {
     ),
     "pt2": Loader(platform="torch_aoti"),
     # No backend of NVIDIA's runs an exported program: the version holds a model.py, and Python must have torch.
-    "cuda": Loader(backend="python"),
+    "cuda": Loader(
+        backend="python",
+        # Tensors that are on the GPU stay there.
+        parameters=(("FORCE_CPU_ONLY_INPUT_TENSORS", "no"),),
+        kind=ModelInstanceGroup.KIND_GPU,
+    ),
     # The backend has no parameter for the precision of inference: OpenVINO's own default holds in the container,
     # bf16 where the CPU has it.
     "openvino": Loader(
@@ -102,9 +108,7 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
         platform=loader.platform,
         default_model_filename=manifest.filename,
         max_batch_size=manifest.max_batch_size,
-        instance_group=[
-            ModelInstanceGroup(kind=ModelInstanceGroup.KIND_CPU, count=manifest.serving.get("instances", 1))
-        ],
+        instance_group=[ModelInstanceGroup(kind=loader.kind, count=manifest.serving.get("instances", 1))],
     )
     # Only the version named here is visible: replacing config.pbtxt is what publishes.
     config.version_policy.specific.versions.append(manifest.version)
@@ -115,6 +119,8 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
         for spec, name in zip(specs, names, strict=True):
             entry = entries.add(name=name, data_type=_data_type(spec.dtype))
             _set_dims(entry, spec, manifest)
+    if manifest.format == "cuda":
+        allow_ragged(config, manifest)
     if manifest.max_batch_size > 1:
         delay_us = manifest.serving.get("queue_delay_us", _queue_delay_us(baseline))
         config.dynamic_batching.max_queue_delay_microseconds = delay_us
@@ -162,6 +168,13 @@ def _set_dims(entry: Any, spec: TensorSpec, manifest: Manifest) -> None:
     if not dims:
         entry.reshape.SetInParent()
     entry.dims.extend(dims or [1])
+
+
+def allow_ragged(config: Any, manifest: Manifest) -> None:
+    """Let the dynamic batcher give model.py requests of different sizes where padding was proven neutral."""
+    for entry, spec in zip(config.input, manifest.signature.inputs, strict=True):
+        if set(spec.shape) & set(manifest.padded_axes):
+            entry.allow_ragged_batch = True
 
 
 def _queue_delay_us(baseline: Baseline) -> int:

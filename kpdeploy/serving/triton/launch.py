@@ -10,7 +10,7 @@ from kpdeploy.serving.triton.config import HANDLER_FORMAT
 
 LAUNCH = "launch.sh"
 REQUIREMENTS = "requirements.txt"
-"""What a handler's Python needs in the server's container."""
+"""What a model of the python backend needs of Python in the server's container."""
 
 TORCH_LIBRARIES = "/opt/tritonserver/backends/pytorch"
 """Where the container has libtorch, which a kernel library for torch looks for when it is preloaded."""
@@ -59,11 +59,17 @@ preloaded='exec env "LD_PRELOAD=$0" "LD_LIBRARY_PATH={torch}${{LD_LIBRARY_PATH:+
 server=(bash -c "$preloaded" "$mount/$model/{version}/{library}")
 """
 
-_HANDLER = """\
-# The container's Python lacks packages of this handler, and the server does not load by itself the model behind it.
+_INSTALLED = """\
 # shellcheck disable=SC2016
 installed='python3 -m pip install --quiet --requirement "$0" && exec tritonserver "$@"'
-server=(bash -c "$installed" "$mount/$model/{version}/{requirements}" --load-model={asked})
+server=(bash -c "$installed" "$mount/$model/{version}/{requirements}"{more})
+"""
+
+_HANDLER = "# The container's Python lacks its packages, and the server does not load by itself the model behind it.\n"
+
+_GPU = """\
+# On the machine's GPUs; the container's Python lacks torch.
+options+=(--gpus all)
 """
 
 
@@ -71,11 +77,13 @@ def launch_script(manifest: Manifest, image: str) -> str:
     """The script of a version: its container, ports and mount, and a preloaded kernel library where libtorch needs
     one. It holds no path of this machine."""
     preload = _PLAIN
-    if TORCH in manifest.settings.get("op_libraries", ()):
+    if manifest.format == "cuda":
+        preload = _GPU + _INSTALLED.format(version=manifest.version, requirements=REQUIREMENTS, more="")
+    elif TORCH in manifest.settings.get("op_libraries", ()):
         preload = _PRELOADED.format(torch=TORCH_LIBRARIES, version=manifest.version, library=TORCH)
     elif manifest.format == HANDLER_FORMAT:
-        asked = shlex.quote(str(manifest.source["model"]))
-        preload = _HANDLER.format(version=manifest.version, requirements=REQUIREMENTS, asked=asked)
+        more = f" --load-model={shlex.quote(str(manifest.source['model']))}"
+        preload = _HANDLER + _INSTALLED.format(version=manifest.version, requirements=REQUIREMENTS, more=more)
     return _SCRIPT.format(
         name=manifest.model,
         model=shlex.quote(manifest.model),

@@ -21,7 +21,15 @@ from kpdeploy.artifact import DIGEST, Manifest, located
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken
 from kpdeploy.runtimes import PACKAGES, source
-from kpdeploy.serving.triton.config import CONFIG, HANDLER_FORMAT, LABELS, WARMUP, read_config, write_config
+from kpdeploy.serving.triton.config import (
+    CONFIG,
+    HANDLER_FORMAT,
+    LABELS,
+    WARMUP,
+    allow_ragged,
+    read_config,
+    write_config,
+)
 
 BACKENDS = {
     "onnx": "onnxruntime",
@@ -90,9 +98,7 @@ def write_overlay(
         target.unlink()
     files = target / str(manifest.version)
     files.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source(manifest.format), files / "runtime.py")
-    shutil.copyfile(source("ragged"), files / "ragged.py")
-    shutil.copyfile(str(importlib.resources.files(__package__) / "overlay_model.py"), files / "model.py")
+    _copy_model(manifest.format, files)
     config = overlay_config(_native_config(model_folder / CONFIG))
     allow_ragged(config, manifest)
     (files / "artifact.json").write_text(json.dumps(artifact(manifest, version_folder, config), default=list))
@@ -107,6 +113,21 @@ def write_overlay(
     package = PACKAGES[manifest.format][0]
     runtime = f"{package} {versions.get(package, '')}".strip()
     return Served(deployment=deployment, native=False, runtime=runtime, instances=instances(config))
+
+
+def _copy_model(format: str, files: Path) -> None:
+    """What runs an artifact inside the python backend."""
+    shutil.copyfile(source(format), files / "runtime.py")
+    shutil.copyfile(source("ragged"), files / "ragged.py")
+    shutil.copyfile(str(importlib.resources.files(__package__) / "overlay_model.py"), files / "model.py")
+
+
+def write_model(manifest: Manifest, files: Path) -> None:
+    """Make a version that Triton's python backend runs as it is, for a format that no backend of NVIDIA's knows. The
+    server's Python needs the packages of the format's runtime."""
+    _copy_model(manifest.format, files)
+    beside = {"path": manifest.filename, "settings": dict(manifest.settings)}
+    (files / "artifact.json").write_text(json.dumps({**_described(manifest), **beside}, default=list))
 
 
 def _native_config(path: Path) -> Any:
@@ -137,13 +158,6 @@ def overlay_config(native: Any) -> Any:
     return config
 
 
-def allow_ragged(config: Any, manifest: Manifest) -> None:
-    """Let the dynamic batcher give model.py requests of different sizes where padding was proven neutral."""
-    for entry, spec in zip(config.input, manifest.signature.inputs, strict=True):
-        if set(spec.shape) & set(manifest.padded_axes):
-            entry.allow_ragged_batch = True
-
-
 def instances(config: Any) -> int:
     """How many processes run the model."""
     return sum(group.count for group in config.instance_group)
@@ -154,12 +168,15 @@ def artifact(manifest: Manifest, version_folder: Path, config: Any) -> dict[str,
     settings = located(manifest.settings, version_folder)
     if (count := instances(config)) > 1 and not settings.get("threads"):
         settings["threads"] = max(1, len(os.sched_getaffinity(0)) // count)
+    return {**_described(manifest), "path": str(version_folder / manifest.filename), "settings": settings}
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    """What artifact.json says of the artifact wherever it is."""
     signature = manifest.signature
     return {
-        "path": str(version_folder / manifest.filename),
         "inputs": manifest.input_names,
         "outputs": manifest.output_names,
-        "settings": settings,
         "input_shapes": [spec.shape for spec in signature.inputs],
         "output_shapes": [spec.shape for spec in signature.outputs],
         "padded_axes": {name: signature.axis(name).max for name in manifest.padded_axes},

@@ -28,11 +28,35 @@ def load_beside(name: str) -> Any:
     return module
 
 
+def array_of(tensor: Any) -> Any:
+    """A request's tensor where it is: NumPy's on the host, torch's on the GPU. Neither is a copy."""
+    if tensor.is_cpu():
+        return tensor.as_numpy()
+    import torch
+
+    return torch.utils.dlpack.from_dlpack(tensor.to_dlpack())  # type: ignore[attr-defined]  # not in its stubs
+
+
+def tensor_of(name: str, array: Any) -> Any:
+    if isinstance(array, np.ndarray):
+        # Triton copies from contiguous memory only; parts of a split along the first axis already are.
+        return pb_utils.Tensor(name, np.ascontiguousarray(array))
+    import torch
+
+    return pb_utils.Tensor.from_dlpack(name, torch.utils.dlpack.to_dlpack(array.contiguous()))  # type: ignore[attr-defined]
+
+
 class TritonPythonModel:
     """What the python backend loads, by this name."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        artifact = json.loads(Path(__file__).with_name("artifact.json").read_text())
+        # Paths of an overlay are absolute, those of a repository's own model.py are names beside it.
+        here = Path(__file__).parent
+        artifact = json.loads((here / "artifact.json").read_text())
+        settings = artifact["settings"]
+        settings["op_libraries"] = [str(here / library) for library in settings.get("op_libraries", ())]
+        if args["model_instance_kind"] == "GPU":
+            settings["device_index"] = int(args["model_instance_device_id"])
         self.ragged = load_beside("ragged")
         self.inputs: list[str] = artifact["inputs"]
         self.outputs: list[str] = artifact["outputs"]
@@ -41,15 +65,14 @@ class TritonPythonModel:
         self.padded_axes: dict[str, int] = artifact["padded_axes"]
         self.batched = json.loads(args["model_config"])["max_batch_size"] > 0
         self.run = load_beside("runtime").load(
-            artifact["path"], inputs=self.inputs, outputs=self.outputs, settings=artifact["settings"]
+            str(here / artifact["path"]), inputs=self.inputs, outputs=self.outputs, settings=settings
         )
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """One response for each request. What runs together is answered as soon as it is done, the shortest first, so
         that its clients go on while the rest runs; what is alone is returned, which spares a message to the server."""
         arrays: list[Arrays] = [
-            [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
-            for request in requests
+            [array_of(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs] for request in requests
         ]
         groups = self.batches(arrays)
         if len(groups) == 1:
@@ -63,7 +86,8 @@ class TritonPythonModel:
 
     def batches(self, arrays: list[Arrays]) -> list[list[int]]:
         """Which requests run together, by index: those whose sizes are equal, but for the axes that may be padded."""
-        if len(arrays) == 1 or not self.batched:
+        on_gpu = any(not isinstance(array, np.ndarray) for request in arrays for array in request)
+        if len(arrays) == 1 or not self.batched or on_gpu:
             return [[index] for index in range(len(arrays))]
         found: list[list[int]] = self.ragged.batches(arrays, self.input_shapes, self.padded_axes)
         return found
@@ -80,6 +104,4 @@ class TritonPythonModel:
             return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{type(error).__name__}: {error}"))]
 
     def response(self, arrays: Arrays) -> Any:
-        # Triton copies from contiguous memory only; parts of a split along the first axis already are.
-        tensors = zip(self.outputs, arrays, strict=True)
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, np.ascontiguousarray(a)) for name, a in tensors])
+        return pb_utils.InferenceResponse([tensor_of(n, a) for n, a in zip(self.outputs, arrays, strict=True)])

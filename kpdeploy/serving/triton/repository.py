@@ -42,6 +42,7 @@ from kpdeploy.serving.storage import (
 from kpdeploy.serving.triton.compatibility import newest
 from kpdeploy.serving.triton.config import CONFIG, WARMUP, model_config, read_config, warmup_files, write_config
 from kpdeploy.serving.triton.launch import LAUNCH, launch_script
+from kpdeploy.serving.triton.overlay import write_model
 
 _STAGING = ".kpdeploy-staging"
 
@@ -79,6 +80,8 @@ def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
         RepositoryUnwritable, DiskFull: the storage refuses.
         FormatUnavailable: Triton cannot serve the model's tensors.
     """
+    if manifest.format == "cuda":
+        write_model(manifest, files)
     written = (MANIFEST, LAUNCH)
     digests = {file.name: sha256(file) for file in sorted(files.iterdir()) if file.name not in written}
     manifest = replace(manifest, files=digests)
