@@ -30,6 +30,7 @@ from kpdeploy.serving.triton.config import (
     read_config,
     write_config,
 )
+from kpdeploy.serving.triton.launch import REQUIREMENTS
 
 BACKENDS = {
     "onnx": "onnxruntime",
@@ -128,6 +129,9 @@ def write_model(manifest: Manifest, files: Path) -> None:
     _copy_model(manifest.format, files)
     beside = {"path": manifest.filename, "settings": dict(manifest.settings)}
     (files / "artifact.json").write_text(json.dumps({**_described(manifest), **beside}, default=list))
+    known = manifest.environment.get("packages", {})
+    pins = (f"{name}=={known[name].partition('+')[0]}" for name in PACKAGES[manifest.format] if name in known)
+    (files / REQUIREMENTS).write_text("".join(f"{line}\n" for line in ("numpy", *pins)))
 
 
 def _native_config(path: Path) -> Any:

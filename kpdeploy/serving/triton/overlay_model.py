@@ -34,7 +34,7 @@ def array_of(tensor: Any) -> Any:
         return tensor.as_numpy()
     import torch
 
-    return torch.utils.dlpack.from_dlpack(tensor.to_dlpack())  # type: ignore[attr-defined]  # not in its stubs
+    return torch.utils.dlpack.from_dlpack(tensor.to_dlpack())
 
 
 def tensor_of(name: str, array: Any) -> Any:
