@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
-from kpdeploy.optimize import fp8, pack, precision, products
+from kpdeploy.optimize import fp8, pack, precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,6 @@ def lowered(
     module: GraphModule = copy.deepcopy(program.module(check_guards=False))
     found = Lowered(module=module)
     with torch.no_grad():
-        products.through_op(module)
         # With its index: torch.export tells "cuda" from "cuda:0".
         precision.place(module, torch.empty(0, device=device).device)
         if bits != "float32":

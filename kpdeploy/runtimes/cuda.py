@@ -173,7 +173,7 @@ class Graphs:
 
     def _to_host(self, results: Sequence[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
         if not self.on_gpu:
-            return [np.array(result) for result in results]
+            return [result.numpy().copy() for result in results]
         copies = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results]
         torch.cuda.current_stream().synchronize()
         return [copy.numpy() for copy in copies]

@@ -1,0 +1,286 @@
+"""Padding dropped, fewer bits, and the programs that run in CUDA graphs, here on the CPU without graphs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from kpdeploy.backends import Lowering
+from kpdeploy.compare import relative_error
+from kpdeploy.decision import Applied, Skipped
+from kpdeploy.errors import ExportFailed
+from kpdeploy.export import Capture, cuda
+from kpdeploy.export.capture import settle_axes
+from kpdeploy.export.cuda import Form
+from kpdeploy.inputs import sample
+from kpdeploy.load import Request
+from kpdeploy.load.factory import from_module
+from kpdeploy.model import Model
+from kpdeploy.ops import GPU_OPS, NAMESPACE
+from kpdeploy.optimize import fuse
+from kpdeploy.optimize.lowered import lowered
+from kpdeploy.optimize.pack import pack
+from kpdeploy.pipeline.candidates import _fused, prove_one
+from kpdeploy.pipeline.graphs import OnGpu
+from kpdeploy.progress import Progress
+from kpdeploy.runtimes import cuda as runtime
+from kpdeploy.verify import questions
+
+SMALL = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+TEXT = ("input_ids:int64[batch=1..4,seq=1..24]{0..98}", "attention_mask:int64[batch,seq]{mask}")
+IMAGE = ("pixel_values:float32[batch=1..4,3,32,32]",)
+
+
+class Pooled(torch.nn.Module):
+    """A BERT that shows its first token, and with `all` every place."""
+
+    def __init__(self, *, everything: bool = False) -> None:
+        super().__init__()
+        self.model = transformers.BertModel(transformers.BertConfig(**SMALL))
+        self.everything = everything
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        found: torch.Tensor = out.last_hidden_state if self.everything else out.pooler_output
+        return found
+
+
+class Rotary(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = transformers.LlamaModel(transformers.LlamaConfig(**SMALL, num_key_value_heads=1, use_cache=False))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return found[:, 0]
+
+
+class Image(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {k: v for k, v in SMALL.items() if k != "vocab_size"}
+        self.model = transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.model(pixel_values=pixel_values).pooler_output
+        return found
+
+
+def model(module: torch.nn.Module, texts: tuple[str, ...] = TEXT) -> Model:
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        if not parameter.detach().any():  # biases start at zero, and would prove nothing
+            torch.nn.init.normal_(parameter, std=0.1)
+    request = Request(inputs=texts, example=None, task=None, name="small", max_batch=4)
+    return settle_axes(from_module(module.eval(), None, request, name="small", source={}), stated=True)
+
+
+def answer(of: Model, inputs: Any) -> Any:
+    assert of.module is not None
+    with torch.no_grad():
+        return of.module(*map(torch.from_numpy, inputs.values()))[0].numpy()
+
+
+def calls(module: torch.fx.GraphModule) -> Counter[str]:
+    named = (n.target._schema.name for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    return Counter(name.removeprefix(f"{NAMESPACE}::") for name in named if name.startswith(NAMESPACE))
+
+
+@pytest.fixture(scope="module")
+def bert() -> Model:
+    return model(Pooled())
+
+
+@pytest.fixture(scope="module")
+def capture(bert: Model, tmp_path_factory: pytest.TempPathFactory) -> Capture:
+    found = _fused(Capture(bert, tmp_path_factory.mktemp("capture")), ()).capture
+    assert found is not None
+    return found
+
+
+POINTS = ({"batch": 1, "seq": 1}, {"batch": 3, "seq": 13}, {"batch": 4, "seq": 24}, {"batch": 2, "seq": 7})
+
+
+def test_a_batch_without_its_padding_gives_the_same_answers(bert: Model) -> None:
+    fused = fuse(bert)
+    before = calls(fused.module)
+    assert isinstance(pack(fused.module), Applied)
+    after = calls(fused.module)
+    assert after.pop("packed_attention") == before.pop("attention") == 2
+    assert after == before
+    rng = np.random.default_rng()
+    for point in POINTS:
+        inputs = sample(bert.signature, point, rng)
+        with torch.no_grad():
+            found = fused.module(*map(torch.from_numpy, inputs.values()))[0].numpy()
+        assert relative_error(found, answer(bert, inputs)) <= 1e-5, point
+
+
+def test_padded_places_that_are_shown_become_zeros_and_no_others() -> None:
+    shown = model(Pooled(everything=True))
+    fused = fuse(shown)
+    pack(fused.module)
+    inputs = sample(shown.signature, {"batch": 4, "seq": 24}, np.random.default_rng())
+    with torch.no_grad():
+        found = fused.module(*map(torch.from_numpy, inputs.values()))[0].numpy()
+    real = inputs["attention_mask"].astype(bool)
+    assert relative_error(found[real], answer(shown, inputs)[real]) <= 1e-5
+    assert not found[~real].any()
+
+
+@pytest.mark.parametrize(
+    ("module", "texts", "why"),
+    [
+        (Image, IMAGE, "an attention sees no padding mask"),
+        # Rotary positions turn queries and keys between the product and attention.
+        (Rotary, TEXT, "tokens meet others in"),
+    ],
+)
+def test_padding_stays_where_tokens_do_not_stand_alone(
+    module: Callable[[], torch.nn.Module], texts: tuple[str, ...], why: str
+) -> None:
+    fused = fuse(model(module(), texts))
+    before = calls(fused.module)
+    told = pack(fused.module)
+    assert isinstance(told, Skipped)
+    assert why in told.reason
+    assert calls(fused.module) == before
+
+
+def made(capture: Capture, folder: Path, form: Form, **given: Any) -> Any:
+    found = lowered(capture.program, bits=form.precision, dropped=form.dropped, device="cpu", **given)
+    cuda.export(capture, folder, form, module=found.module, device="cpu")
+    return runtime.load(str(folder / cuda.FILENAME), inputs=(), outputs=(), settings={})
+
+
+@pytest.mark.parametrize(("bits", "most"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_program_gives_the_models_answers_in_every_bucket(
+    capture: Capture, bert: Model, tmp_path: Path, bits: str, most: float, dropped: bool
+) -> None:
+    before = {name: p.clone() for name, p in bert.module.named_parameters()}  # type: ignore[union-attr]
+    run = made(capture, tmp_path, Form(precision=bits, dropped=dropped, padded=("batch", "seq")))
+    rng = np.random.default_rng()
+    for point in (*POINTS, *POINTS[::-1]):  # a small request after a large one finds nothing of it
+        inputs = sample(bert.signature, point, rng)
+        (found,) = run(list(inputs.values()))
+        assert found.dtype == np.float32
+        assert relative_error(found, answer(bert, inputs)) <= most, point
+    assert run.missed == 0
+    # What is exported is a copy: the model that the proof asks is as it was.
+    assert all(torch.equal(p, before[name]) for name, p in bert.module.named_parameters())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_what_fits_no_bucket_runs_without_one_and_is_counted(
+    capture: Capture, bert: Model, tmp_path: Path, dropped: bool
+) -> None:
+    made(capture, tmp_path, Form(dropped=dropped, padded=("batch", "seq")))
+    described = json.loads((tmp_path / cuda.GRAPHS).read_text())
+    described["buckets"] = [b for b in described["buckets"] if b["batch"] <= 2]
+    (tmp_path / cuda.GRAPHS).write_text(json.dumps(described))
+    run = runtime.load(str(tmp_path / cuda.FILENAME), inputs=(), outputs=(), settings={})
+    inputs = sample(bert.signature, {"batch": 3, "seq": 9}, np.random.default_rng())
+    assert relative_error(run(list(inputs.values()))[0], answer(bert, inputs)) <= 1e-5
+    assert run.missed == 1
+
+
+def test_calls_from_several_threads_do_not_mix(capture: Capture, bert: Model, tmp_path: Path) -> None:
+    run = made(capture, tmp_path, Form(dropped=True, padded=("batch", "seq")))
+    rng = np.random.default_rng()
+    asked = [sample(bert.signature, POINTS[i % 4], rng) for i in range(24)]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda inputs: run(list(inputs.values()))[0], asked))
+    assert all(relative_error(a, answer(bert, i)) <= 1e-5 for a, i in zip(found, asked, strict=True))
+
+
+# 8 bits: on a CPU the ops' references stand in for their kernels.
+
+
+@pytest.fixture
+def references() -> Iterator[None]:
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for op in GPU_OPS.values():
+        library.impl(op.name, op.reference, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("dropped", [False, True])
+def test_products_in_8_bits_read_what_norms_and_products_give_in_8_bits(
+    capture: Capture, bert: Model, tmp_path: Path, dropped: bool
+) -> None:
+    rng = np.random.default_rng()
+    samples = [sample(bert.signature, {"batch": 4, "seq": 24}, rng) for _ in range(3)]
+    found = lowered(capture.program, bits="fp8", dropped=dropped, device="cpu", samples=samples, budget=1)
+    counts = calls(found.module)
+    # A layer: queries, keys and values in one, attention's output, two of the MLP; and the pooler.
+    assert counts["fp8_linear_activation"] == 9
+    # Attention's results, the embeddings' norm and the pooler's input pass by themselves; all else is fused.
+    assert counts["fp8_add_layer_norm"] == 3
+    assert counts["add_layer_norm"] == 1
+    assert counts["fp8_quantize"] == 4
+    assert "linear_activation" not in counts
+    form = Form(precision="fp8", dropped=dropped, padded=("batch", "seq"))
+    cuda.export(capture, tmp_path, form, module=found.module, device="cpu")
+    run = runtime.load(str(tmp_path / cuda.FILENAME), inputs=(), outputs=(), settings={})
+    inputs = sample(bert.signature, {"batch": 3, "seq": 13}, rng)
+    assert relative_error(run(list(inputs.values()))[0], answer(bert, inputs)) <= 0.2
+
+
+def test_layers_that_cost_too_much_stay_in_16_bits(capture: Capture, bert: Model) -> None:
+    samples = [sample(bert.signature, {"batch": 4, "seq": 24}, np.random.default_rng(0))]
+    whole = lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1)
+    alone = sorted(layer.error for layer in whole.layers)
+    part = lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=alone[4] * 1.3)
+    kept = [layer.error for layer in part.layers if layer.kept]
+    assert 0 < len(kept) < len(part.layers)
+    assert min(kept) >= max(layer.error for layer in part.layers if not layer.kept)
+    assert calls(part.module)["linear_activation"] == len(kept)
+    with pytest.raises(ExportFailed, match="no product can be computed in 8 bits within the budget"):
+        lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1e-7)
+
+
+# The candidates of the pipeline.
+
+
+def on_cpu(of: Model, folder: Path) -> tuple[OnGpu, Callable[[Any], Any]]:
+    whole = Capture(of, folder)
+    asked = questions(
+        of.signature, lambda inputs: {of.signature.outputs[0].name: answer(of, inputs)}, np.random.default_rng()
+    )
+    tolerances = {"float32": 1e-5}
+    made = OnGpu(whole, _fused(whole, ()), (), 1e-2, Progress(), device="cpu")
+    return made, lambda artifact: prove_one(artifact, of, asked, tolerances)
+
+
+WAY = Lowering(level=1, precision="float32", format="cuda", settings={"precision": "float32"})
+
+
+def test_a_candidate_without_padding_is_proven_in_a_process_of_its_own(bert: Model, tmp_path: Path) -> None:
+    maker, prove = on_cpu(bert, tmp_path)
+    found = maker.candidate(WAY, [], prove)
+    assert found.passed, found.reason
+    assert found.settings["padding"] == "dropped"
+    assert found.verdict is not None
+    assert found.verdict.padded_axes == ("seq",)
+    assert found.verdict.max_batch_size == 4
+    again = maker.candidate(WAY, [found], prove)
+    assert "another precision of its level has passed" in again.reason
+
+
+def test_where_padding_shows_the_next_form_is_tried(tmp_path: Path) -> None:
+    maker, prove = on_cpu(model(Pooled(everything=True)), tmp_path)
+    found = maker.candidate(WAY, [], prove)
+    assert found.passed, found.reason
+    assert "padding" not in found.settings

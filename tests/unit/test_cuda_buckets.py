@@ -1,0 +1,76 @@
+"""Which graphs a program has, and which of them a request runs in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kpdeploy.export.cuda import Form, buckets, described
+from kpdeploy.runtimes.cuda import packing, smallest
+from kpdeploy.signature import parse_inputs
+
+TEXT = parse_inputs(("ids:int64[batch=1..6,seq=1..100]", "mask:int64[batch,seq]{mask}"))
+
+
+def test_buckets_are_powers_of_two_and_usual_lengths_with_the_ends_of_each_axis() -> None:
+    found = buckets(TEXT, dropped=False)
+    assert sorted({b["batch"] for b in found}) == [1, 2, 4, 6]
+    assert sorted({b["seq"] for b in found}) == [1, 16, 32, 64, 100]
+    assert len(found) == 20
+
+
+def test_without_padding_a_row_alone_has_one_bucket_a_length_and_batches_have_shares() -> None:
+    found = buckets(parse_inputs(("ids:int64[batch=1..32,seq=1..512]", "mask:int64[batch,seq]{mask}")), dropped=True)
+    tokens = {(b["batch"], b["seq"]): [] for b in found}
+    for b in found:
+        tokens[b["batch"], b["seq"]].append(b["tokens"])
+    assert tokens[1, 128] == [128]
+    assert tokens[2, 64] == [64, 128]
+    assert tokens[32, 512] == [4096, 6144, 8192, 10240, 12288, 14336, 16384]
+
+
+def test_a_fixed_model_has_one_bucket() -> None:
+    assert buckets(parse_inputs(("x:float32[3,4]",)), dropped=False) == [{}]
+
+
+BUCKETS = [
+    {"batch": 4, "seq": 32, "tokens": 128},
+    {"batch": 4, "seq": 32, "tokens": 64},
+    {"batch": 2, "seq": 64, "tokens": 64},
+]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "padded", "index"),
+    [
+        ({"batch": 3, "seq": 20, "tokens": 50}, ("batch", "seq"), 1),
+        ({"batch": 3, "seq": 20, "tokens": 65}, ("batch", "seq"), 0),
+        # As many tokens, fewer places.
+        ({"batch": 2, "seq": 30, "tokens": 60}, ("batch", "seq"), 1),
+        ({"batch": 2, "seq": 40, "tokens": 60}, ("batch", "seq"), 2),
+        ({"batch": 5, "seq": 20, "tokens": 60}, ("batch", "seq"), None),
+        # An axis that zeros must not fill up is met, or not.
+        ({"batch": 3, "seq": 20, "tokens": 50}, ("batch",), None),
+        ({"batch": 3, "seq": 32, "tokens": 50}, ("batch",), 1),
+    ],
+)
+def test_a_request_runs_in_the_bucket_with_the_least_to_do(
+    sizes: dict[str, int], padded: tuple[str, ...], index: int | None
+) -> None:
+    assert smallest(BUCKETS, sizes, padded) == index
+
+
+def test_tokens_come_from_their_places_and_spare_ones_go_behind_the_batch() -> None:
+    mask = np.array([[1, 1, 0], [0, 0, 0], [1, 1, 1]])
+    sources, targets, offsets = packing(np.argwhere(mask), mask.shape, 7)
+    assert sources.tolist() == [0, 1, 6, 7, 8, 0, 0]
+    assert targets.tolist() == [0, 1, 6, 7, 8, 9, 9]
+    assert offsets.tolist() == [0, 2, 2, 5]
+    assert {a.dtype for a in (sources, targets, offsets)} == {np.dtype(np.int64)}
+
+
+def test_graphs_json_names_the_mask_only_where_padding_is_dropped() -> None:
+    assert described(TEXT, Form(dropped=True, padded=("batch",)), "cuda")["mask"] == 1
+    plain = described(TEXT, Form(padded=("batch",)), "cuda")
+    assert plain["mask"] is None
+    assert plain["dtypes"] == ["int64", "int64"]
