@@ -5,13 +5,16 @@
 Times are medians of CUDA graph replays, ours and the peers' in turns; each replay has several calls, in decoding on
 several sets of keys, so that they come from memory and not from the cache. Errors are ‖out - ref‖ / ‖ref‖ against
 float64 on 64 query rows of every head, on fresh random inputs, into outputs that held NaN. The floor of a row is the
-larger of its bytes over the measured rate of a copy and its operations over that of a large matrix product. Exit code
-1: an error above its limit, or a finding of compute-sanitizer; a goal that is not reached is only told.
+larger of its bytes over the measured rate of a copy and its operations over that of a large matrix product. Packed rows
+are packed_attention on sequences without padding; SDPA has the same ones padded, with a mask of keys, and torch's own
+kernel for packed sequences (torch.nn.attention.varlen) is told beside it where torch has one. Exit code 1: an error
+above its limit, or a finding of compute-sanitizer; a goal that is not reached is only told.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import random
 import re
@@ -46,7 +49,10 @@ CACHE_BYTES = 50e6
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A row of the table. `goal`: how many times the best peer's rate. `mean`: of random lengths; 0: all keys."""
+    """A row of the table. `goal`: how many times the best peer's rate. `mean`: of random lengths; 0: all keys.
+
+    `packed`: without the padding.
+    """
 
     batch: int
     queries: int
@@ -57,13 +63,14 @@ class Shape:
     causal: bool = False
     mean: int = 0
     goal: float = 1.0
+    packed: bool = False
 
     @property
     def name(self) -> str:
         heads = f"{self.heads}" if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         length = f"{self.keys}" if self.queries == self.keys else f"{self.queries}x{self.keys}"
         more = ", causal" * self.causal + f", lengths of {self.mean} on average" * (self.mean > 0)
-        return f"{self.batch}x{heads}x{length}x{self.size}{more}"
+        return f"{self.batch}x{heads}x{length}x{self.size}{more}" + ", packed" * self.packed
 
     def lengths(self) -> list[int]:
         """Of each row of the batch: from 2 to all keys, with the mean asked for."""
@@ -80,15 +87,27 @@ class Shape:
     def operations(self) -> float:
         """Two products; of a causal square the half."""
         share = 0.5 if self.causal and self.queries == self.keys else 1
-        return 4 * self.queries * sum(self.lengths()) * self.heads * self.size * share
+        pairs = sum(n * (n if self.packed else self.queries) for n in self.lengths())
+        return 4 * pairs * self.heads * self.size * share
 
     @property
     def bytes(self) -> float:
         """Each element once: queries, output, and the keys and values that count."""
-        return 4 * self.size * (self.batch * self.queries * self.heads + sum(self.lengths()) * self.kv_heads)
+        keys = sum(self.lengths())
+        queries = keys if self.packed else self.batch * self.queries
+        return 4 * self.size * (queries * self.heads + keys * self.kv_heads)
 
 
-def prefill(batch: int, heads: int, length: int, size: int, goal: float, causal: bool = False, mean: int = 0) -> Shape:
+def prefill(
+    batch: int,
+    heads: int,
+    length: int,
+    size: int,
+    goal: float,
+    causal: bool = False,
+    mean: int = 0,
+    packed: bool = False,
+) -> Shape:
     return Shape(
         batch=batch,
         queries=length,
@@ -99,6 +118,7 @@ def prefill(batch: int, heads: int, length: int, size: int, goal: float, causal:
         causal=causal,
         goal=goal,
         mean=mean,
+        packed=packed,
     )
 
 
@@ -110,6 +130,8 @@ SHAPES = (
     prefill(32, 12, 128, 64, goal=1.4),
     prefill(8, 16, 512, 64, goal=1.4),
     prefill(32, 12, 512, 64, goal=2.5, mean=257),
+    prefill(32, 12, 512, 64, goal=2.5, mean=257, packed=True),
+    prefill(16, 32, 2048, 128, goal=1.0, causal=True, mean=700, packed=True),
     Shape(batch=1, queries=1, keys=8192, heads=32, kv_heads=8, size=128, goal=2.0),
     Shape(batch=1, queries=8, keys=8192, heads=32, kv_heads=8, size=128),
     Shape(batch=8, queries=1, keys=1024, heads=32, kv_heads=8, size=128),
@@ -137,13 +159,59 @@ def inputs_of(shape: Shape, dtype: torch.dtype) -> Inputs:
     )
 
 
+def offsets_of(shape: Shape) -> torch.Tensor:
+    return torch.tensor([0, *shape.lengths()], device="cuda").cumsum(0)
+
+
+def real(shape: Shape) -> torch.Tensor:
+    """Which rows are no padding, [batch, queries]."""
+    lengths = torch.tensor(shape.lengths(), device="cuda")
+    return torch.arange(shape.queries, device="cuda") < lengths[:, None]
+
+
+def packed(shape: Shape, given: Inputs) -> list[torch.Tensor]:
+    """[1, rows, width] of query, key and value, slices of one tensor as a projection makes them."""
+    rows = real(shape)
+    parts = [tensor[rows] for tensor in (given.query, given.key, given.value)]
+    return list(torch.cat(parts, -1)[None].split([part.shape[-1] for part in parts], -1))
+
+
 def ours(shape: Shape, given: Inputs) -> Callable[[], torch.Tensor]:
+    if shape.packed:
+        tensors, offsets, call = packed(shape, given), offsets_of(shape), torch.ops.kpdeploy.packed_attention
+        heads = (shape.heads, shape.kv_heads, shape.size**-0.5, shape.causal)
+        return lambda: call(*tensors, offsets, *heads)
     lengths = torch.tensor(shape.lengths(), device="cuda") if shape.mean else None
     scale = shape.size**-0.5
     op = torch.ops.kpdeploy.attention
     return lambda: op(
         given.query, given.key, given.value, lengths, shape.heads, shape.kv_heads, scale, shape.causal
     )  # fmt: skip
+
+
+def in_rows(shape: Shape, out: torch.Tensor) -> torch.Tensor:
+    """Our output as [batch, heads, queries, size]; zeros where there is padding."""
+    if shape.packed:
+        whole = out.new_zeros(shape.batch, shape.queries, out.shape[-1])
+        whole[real(shape)] = out[0]
+        out = whole
+    return split(out, shape.heads)
+
+
+def varlen(shape: Shape, given: Inputs) -> Callable[[], torch.Tensor] | None:
+    """Torch's own kernel for packed sequences, if this torch has one that takes them."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    q, k, v = (tensor[0].unflatten(-1, (-1, shape.size)) for tensor in packed(shape, given))
+    offsets, most, more = offsets_of(shape).int(), max(shape.lengths()), {"is_causal": True} if shape.causal else {}
+    run = lambda: varlen_attn(q, k, v, offsets, offsets, most, most, **more)  # noqa: E731
+    try:
+        run()
+    except (RuntimeError, TypeError):
+        return None
+    return run
 
 
 def peers(shape: Shape, given: Inputs, backend: SDPBackend) -> Callable[[], torch.Tensor]:
@@ -153,11 +221,13 @@ def peers(shape: Shape, given: Inputs, backend: SDPBackend) -> Callable[[], torc
     if shape.mean:
         lengths = torch.tensor(shape.lengths(), device="cuda")
         mask = (torch.arange(shape.keys, device="cuda") < lengths[:, None])[:, None, None]
+        if shape.causal:
+            mask = mask & torch.ones(shape.queries, shape.keys, device="cuda", dtype=torch.bool).tril()
 
     def run() -> torch.Tensor:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(
-                q, k, v, mask, is_causal=shape.causal, enable_gqa=shape.heads != shape.kv_heads
+                q, k, v, mask, is_causal=shape.causal and mask is None, enable_gqa=shape.heads != shape.kv_heads
             )
 
     return run
@@ -227,19 +297,25 @@ def measured(shape: Shape, most: Row) -> Row:
     decoding = shape.queries * 100 < shape.keys
     sets = max(1, min(8, math.ceil(4 * CACHE_BYTES / shape.bytes))) if decoding else 1
     given = [inputs_of(shape, torch.bfloat16) for _ in range(sets)]
-    ref = reference(shape, given[0], rows)
+    counts = real(shape)[:, None, rows, None] if shape.packed else 1
+    ref = reference(shape, given[0], rows) * counts
+
+    def error_of(out: torch.Tensor) -> float:
+        return error(out[:, :, rows] * counts, ref)
+
     with cuda.outputs_poisoned():
-        found = {"ours": error(split(ours(shape, given[0])(), shape.heads)[:, :, rows], ref)}
+        found = {"ours": error_of(in_rows(shape, ours(shape, given[0])()))}
     calls: dict[str, list[Callable[[], Any]]] = {"ours": [ours(shape, one) for one in given]}
     for name, backend in PEERS.items():
         try:
-            found[name] = error(peers(shape, given[0], backend)()[:, :, rows], ref)
+            found[name] = error_of(peers(shape, given[0], backend)())
         except RuntimeError:  # no kernel of this backend takes the call
             continue
         calls[name] = [peers(shape, one, backend) for one in given]
-    del ref
+    if shape.packed and (run := varlen(shape, given[0])):
+        calls["varlen"] = [run]
     times = graphs_ms(calls, max(1, min(20, round(2e12 / shape.operations / sets))))
-    best = min((name for name in times if name != "ours"), key=lambda name: times[name])
+    best = min((name for name in times if name in PEERS), key=lambda name: times[name])
     floor = max(shape.bytes / most["copy_gb_per_s"] / 1e6, shape.operations / most["matmul_tflop_per_s"] / 1e9)
     return {
         "shape": shape.name,
@@ -267,6 +343,8 @@ def write_table(path: Path, report: Row) -> None:
     columns = ("device", "dtype", *TABLE_COLUMNS, "causal", "mean_length", "kpdeploy_us", "peer", "peer_us")
     lines = ["\t".join(columns)]
     for shape, row in zip(SHAPES, report["rows"], strict=True):
+        if shape.packed:
+            continue
         cells = [report["device"], row["dtype"], *(str(getattr(shape, name)) for name in TABLE_COLUMNS)]
         cells += [
             "yes" if shape.causal else "no",
@@ -281,22 +359,24 @@ def write_table(path: Path, report: Row) -> None:
 
 def small() -> int:
     """The cases that a sanitizer gets through, float16 and bfloat16, heads of 64 and 128 among them."""
-    op, bad = OPS["attention"], 0
-    for dtype in ("bfloat16", "float16"):
-        cases = [case for case in cuda.gpu_cases("attention") if cuda.size_of(case[2]) < 200_000]
+    bad = 0
+    for name, dtype in itertools.product(("attention", "packed_attention"), ("bfloat16", "float16")):
+        op = OPS[name]
+        # The large ones of a single query are those whose keys are shared among blocks.
+        cases = [c for c in cuda.gpu_cases(name) if cuda.size_of(c[2]) < 200_000 or c[2][0].shape[:2] == (1, 1)]
         for _, what, plain in cases:
             call = to_dtype(plain, cuda.DTYPES[dtype])
             found = cuda.worst(cuda.through_torch(op, call), cuda.expected(op, call))
             if not found <= tolerance("kpdeploy", dtype, what):
                 bad += 1
-                print("FAILED", dtype, what, found)
-        print(f"{len(cases)} cases in {dtype}, {bad} failed", flush=True)
+                print("FAILED", name, dtype, what, found)
+        print(f"{len(cases)} cases of {name} in {dtype}, {bad} failed", flush=True)
     return 1 if bad else 0
 
 
 def sanitized(tool: str) -> str:
     code, text = under(tool, "--small", script=__file__)
-    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) + re.findall(r"\d+ cases in .*", text)
+    found = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) + re.findall(r"\d+ cases of .*", text)
     return "; ".join([*found, f"exit code {code}"])
 
 

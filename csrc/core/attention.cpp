@@ -143,6 +143,7 @@ void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
   c.head_size = a.head_size;
   c.scale = a.scale;
   c.causal = a.causal;
+  c.memory = {context->gpu_memory, context->pool};
   cuda_kernels()->attention[a.query.dtype](c, context->stream);
 }
 

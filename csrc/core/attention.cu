@@ -1,5 +1,6 @@
-// attention, packed_attention: a block for each sequence, head and run of queries, over blocks of keys with a running softmax (Milakov
-// and Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in plain float32.
+// attention, packed_attention: a block for each sequence, head and run of queries, over blocks of keys with a running
+// softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in
+// plain float32.
 
 #include <cmath>
 

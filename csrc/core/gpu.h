@@ -1,6 +1,7 @@
 // What the CUDA kernels are asked for, in plain values: checked by the .cpp files, which need no CUDA header.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
 
 namespace kpdeploy {
@@ -50,6 +51,13 @@ struct CudaLinear {
   bool x_scale_rows, weight_scale_rows, gate_scale_rows;
 };
 
+// Memory on the GPU that the caller lends until the queued kernels have run; null: it lends none, or has none left.
+struct GpuMemory {
+  void* (*lend)(void* pool, size_t bytes);
+  void* pool;
+  void* take(int64_t bytes) const { return lend ? lend(pool, static_cast<size_t>(bytes)) : nullptr; }
+};
+
 // [batch][row][heads * head_size], strides in elements.
 struct CudaGrid {
   void* data;
@@ -65,6 +73,7 @@ struct CudaAttention {
   int64_t batch, queries, keys, heads, kv_heads, head_size;
   float scale;
   bool causal;
+  GpuMemory memory;
 };
 
 // Indexed by kpdeploy_dtype: F32, BF16, F16. Each queues one kernel on the stream, or throws a Refusal.

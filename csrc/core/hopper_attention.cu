@@ -1,22 +1,24 @@
-// attention for compute capability 9.0, 16-bit dtypes, heads of 64 and 128.
+// attention and packed_attention for compute capability 9.0, 16-bit dtypes, heads of 64 and 128.
 //
-// A block of threads stays on its multiprocessor and takes run after run of queries, each of one head. One warp has
-// the copy engine fill a ring of blocks of keys and values, and fetch the queries of the next run; the other
-// warpgroups have 64 queries each: scores S = Q K^T, and out += P V with P from registers, on the tensor cores
-// (wgmma). While a warpgroup takes the exponentials of one block of keys, its product of the block before is under
-// way, also from one run to the next; with heads of 128 the two warpgroups issue their products in turns, so that one
-// has the tensor cores while the other takes exponentials. (A softmax with a running maximum: Milakov and Gimelshein
-// 2018. Overlap between and within warpgroups: FlashAttention-3, Shah et al. 2024.) The weights of a block are first
-// taken with the maximum so far, which is raised only when they come out above kMost: a pass over the scores less,
-// and the output is seldom scaled anew.
+// A block of threads stays on its multiprocessor and takes run after run of queries, each of one head. One warp knows
+// which, from lengths and offsets where there are some, has the copy engine fill a ring of blocks of keys and values
+// and fetch the queries of the next run, and tells the others what they are; the other warpgroups have 64 queries each:
+// scores S = Q K^T, and out += P V with P from registers, on the tensor cores (wgmma). While a warpgroup takes the
+// exponentials of one block of keys, its product of the block before is under way, also from one run to the next; with
+// heads of 128 the two warpgroups issue their products in turns, so that one has the tensor cores while the other takes
+// exponentials. (A softmax with a running maximum: Milakov and Gimelshein 2018. Overlap between and within warpgroups:
+// FlashAttention-3, Shah et al. 2024.) The weights of a block are first taken with the maximum so far, which is raised
+// only when they come out above kMost: a pass over the scores less, and the output is seldom scaled anew.
 //
-// Few queries, as in decoding: attend_with_few, further down, divides the keys of a head among a cluster of blocks.
+// Few queries, as in decoding: attend_with_few, further down, divides the keys of a head among blocks.
 
 #include "hopper_attention.h"
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cmath>
+#include <random>
 
 #include "hopper.cuh"
 #include "wgmma.cuh"
@@ -28,7 +30,7 @@ constexpr int kRows = 64;       // queries of a warpgroup
 constexpr int kLine = 64;       // columns of a swizzled line of 128 bytes
 constexpr float kMost = 8192;   // of a thread's weights in a block together, before the maximum is raised
 constexpr float kLog2E = 1.44269504f;  // e^x = 2^(x log2 e)
-constexpr int kTileCost = 320;  // of a run of queries beside its keys, in keys
+constexpr int kMostRows = 1 << 30;      // that 32 bits count, with room
 
 // d [64][columns] += left [64][16], in registers, times right [16 keys][columns], rows of keys in shared memory.
 #define KPDEPLOY_VALUES(columns, sums, a0, a1, a2, a3, right_at, types)                                               \
@@ -86,6 +88,15 @@ __device__ inline float4 load_from(uint32_t address, int rank) {
   return v;
 }
 
+__device__ inline uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
 __device__ inline float2 load_pair_from(uint32_t address, int rank) {
   float2 v;
   asm volatile(
@@ -107,64 +118,92 @@ __device__ inline void copy_rows(uint32_t to, const CUtensorMap& map, int row, i
       : "memory");
 }
 
-__device__ inline void store_rows(const CUtensorMap& map, uint32_t from, int row, int line, int batch) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];\n" ::"l"(&map),
-               "r"(0), "r"(row), "r"(line), "r"(batch), "r"(from)
-               : "memory");
-}
-
 struct Call {
-  CUtensorMap query, key, value, out;
-  const int64_t* lengths;
-  int64_t lengths_stride;
-  int batch, queries, keys, heads, group;  // group: heads for each of keys
-  int tiles, runs;                         // runs of queries in a head
+  CUtensorMap query, key, value;
+  void* out;
+  int64_t out_batch_stride, out_row_stride;
+  const int64_t *lengths, *offsets;        // null: there are none
+  int64_t lengths_stride, offsets_stride;
+  int batch, queries, keys, heads, group;  // batch: of rows or of packed sequences; group: heads for each of keys
+  int tiles, runs;                         // runs of queries in a head; neither is known of packed sequences
+  int behind;                              // query i of a causal call sees keys up to i + behind
   float scale;                             // of powers of two
   uint32_t zero;
-  bool causal, shares;                     // shares: of the work, for each block; see Walk
+  bool causal, sorts;                      // sorts: by length; see Walk
 };
 
-// One run of queries.
-struct Tile {
-  int batch, head, first, seen, blocks;  // seen: leading keys that its row of the batch has
+// Queries and keys that belong together: a row of the batch, or a packed sequence.
+struct Sequence {
+  int batch, start, queries, keys;
   bool valid;
 
+  __device__ Sequence(const Call& a, int index)
+      : batch(index), start(0), queries(a.queries), keys(a.keys), valid(true) {
+    if (a.offsets) {
+      const auto offset = [&](int i) {
+        return static_cast<int>(min(max(a.offsets[i * a.offsets_stride], int64_t{0}), int64_t{a.queries}));
+      };
+      batch = 0;
+      start = offset(index);
+      queries = keys = max(0, offset(index + 1) - start);
+    } else if (a.lengths) {
+      const int64_t length = a.lengths[index * a.lengths_stride];
+      valid = length >= 0 && length <= a.keys;
+      keys = valid ? static_cast<int>(length) : 0;
+    }
+  }
+  __device__ int runs(int rows) const { return (queries + rows - 1) / rows; }
+};
+
+// One run of queries of a head: what the warp that loads it tells the others.
+struct alignas(16) Tile {
+  int batch, head, row, first;     // row: of the tensors, where its first query is; first: that query, in its sequence
+  int queries, seen, blocks;       // queries: of the sequence; seen: its leading keys that count; blocks: 0: the end
+  int valid;
+
   Tile() = default;
-  __device__ Tile(const Call& a, int index, int rows, int block_keys) {
-    first = (a.runs - 1 - index % a.runs) * rows;  // of causal ones the longest come first
-    head = index / a.runs % a.heads;
-    batch = index / a.runs / a.heads;
-    const int64_t keys = a.lengths ? a.lengths[batch * a.lengths_stride] : a.keys;
-    valid = keys >= 0 && keys <= a.keys;
-    seen = valid ? static_cast<int>(keys) : 0;
-    const int end = seen_by(a, min(first + rows, a.queries) - 1);
+  __device__ Tile(const Call& a, const Sequence& sequence, int head, int first, int rows, int block_keys)
+      : batch(sequence.batch),
+        head(head),
+        row(sequence.start + first),
+        first(first),
+        queries(sequence.queries),
+        seen(sequence.keys),
+        valid(sequence.valid) {
+    const int end = seen_by(a, min(first + rows, queries) - 1);
     blocks = max(1, (end + block_keys - 1) / block_keys);  // one at least, all of it masked
   }
   // How many leading keys query i sees.
   __device__ int seen_by(const Call& a, int i) const {
-    return a.causal ? max(0, min(seen, i + a.keys - a.queries + 1)) : seen;
+    return a.causal ? max(0, min(seen, i + a.behind + 1)) : seen;
   }
 };
 
-// Sizes, and what follows from them.
-template <class T_, int kSize_, int kKeys_, int kGroups_, int kStages_>
+// Sizes, and what follows from them. kBlocks: how many are on a multiprocessor.
+template <class T_, int kSize_, int kKeys_, int kGroups_, int kStages_, int kBlocks_ = 1>
 struct Form {
   using T = T_;
-  static constexpr int kSize = kSize_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_;
+  static constexpr int kSize = kSize_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kLines = kSize / kLine, kConsumers = kGroups * 128;
+  static constexpr bool kAlone = kBlocks == 1;
   static constexpr int kQueryBytes = kRows * kSize * 2, kBlockBytes = kKeys * kSize * 2;
 };
 
 // Of runs of queries. kTurns: warpgroups issue their products in turns.
-template <class T, int kSize, int kKeys, int kGroups, int kStages, bool kTurns_>
-struct RunForm : Form<T, kSize, kKeys, kGroups, kStages> {
-  using F = Form<T, kSize, kKeys, kGroups, kStages>;
+template <class T, int kSize, int kKeys, int kGroups, int kStages, bool kTurns_, int kBlocks>
+struct RunForm : Form<T, kSize, kKeys, kGroups, kStages, kBlocks> {
+  using F = Form<T, kSize, kKeys, kGroups, kStages, kBlocks>;
   static constexpr bool kTurns = kTurns_;
-  static constexpr int kThreads = F::kConsumers + 128, kRun = kGroups * kRows;
-  // Registers of a thread: some go from the warpgroup that loads to those that multiply.
-  static constexpr int kFew = kGroups > 2 ? 32 : 40, kMany = kGroups == 2 ? 232 : 112;
-  static constexpr size_t kBytes = 1024 + 2 * kGroups * F::kQueryBytes + 2 * kStages * F::kBlockBytes + 64 * 8;
-  static_assert(kGroups == 2 || kGroups == 4);
+  static_assert(!kTurns || (kGroups == 2 && F::kAlone));
+  static constexpr int kRun = kGroups * kRows;
+  // Registers of a thread, where a block is alone: some go from the warpgroup that loads to those that multiply. Where
+  // there are two, one warp that loads leaves more to either.
+  static constexpr int kFew = kGroups > 2 ? 32 : 40, kMany = kGroups > 2 ? 112 : 232;
+  static_assert(!F::kAlone || F::kConsumers * kMany + 128 * kFew <= 64 << 10);
+  static constexpr int kThreads = F::kConsumers + (F::kAlone ? 128 : 32);
+  static constexpr int kTiles = 256;  // where they are, after the barriers
+  static constexpr size_t kBytes = 1024 + 2 * kGroups * F::kQueryBytes + 2 * kStages * F::kBlockBytes + 512;
+  static_assert((6 + 4 * kStages) * 8 <= kTiles && kTiles + 2 * sizeof(Tile) <= 512);
 };
 
 // Where things are in shared memory. Two places for the queries of a run, which its output then takes.
@@ -182,13 +221,34 @@ struct Memory {
   }
   __device__ uint32_t query_full(int i) const { return barriers + i * 8; }
   __device__ uint32_t query_empty(int i) const { return barriers + (2 + i) * 8; }
-  __device__ uint32_t out_full(int i) const { return barriers + (4 + i) * 8; }
-  __device__ uint32_t key_full(int i) const { return barriers + (6 + i) * 8; }
-  __device__ uint32_t key_empty(int i) const { return barriers + (6 + F::kStages + i) * 8; }
-  __device__ uint32_t value_full(int i) const { return barriers + (6 + 2 * F::kStages + i) * 8; }
-  __device__ uint32_t value_empty(int i) const { return barriers + (6 + 3 * F::kStages + i) * 8; }
-  __device__ uint32_t share() const { return barriers + (6 + 4 * F::kStages) * 8; }  // two ints
+  __device__ uint32_t key_full(int i) const { return barriers + (4 + i) * 8; }
+  __device__ uint32_t key_empty(int i) const { return barriers + (4 + F::kStages + i) * 8; }
+  __device__ uint32_t value_full(int i) const { return barriers + (4 + 2 * F::kStages + i) * 8; }
+  __device__ uint32_t value_empty(int i) const { return barriers + (4 + 3 * F::kStages + i) * 8; }
+  __device__ uint32_t tile(int i) const { return barriers + F::kTiles + i * sizeof(Tile); }
 };
+
+__device__ inline void put_tile(uint32_t to, const Tile& t) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(t.batch), "r"(t.head), "r"(t.row),
+               "r"(t.first)
+               : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to + 16), "r"(t.queries), "r"(t.seen), "r"(t.blocks),
+               "r"(t.valid)
+               : "memory");
+}
+
+__device__ inline Tile tile_from(uint32_t from) {
+  Tile t;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(t.batch), "=r"(t.head), "=r"(t.row), "=r"(t.first)
+               : "r"(from)
+               : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(t.queries), "=r"(t.seen), "=r"(t.blocks), "=r"(t.valid)
+               : "r"(from + 16)
+               : "memory");
+  return t;
+}
 
 // A place in a ring, and the parity of how often it went round.
 template <int kStages>
@@ -202,111 +262,103 @@ struct Place {
   }
 };
 
-// The tiles of a block: every gridDim.x-th, to and fro; where lengths differ, its share of the work in a row.
+// The tiles of a block, by a whole warp: every gridDim.x-th, to and fro. Where lengths differ, long sequences come
+// before short ones, so that the blocks of threads get about equal work.
 template <class F>
 struct Walk {
-  int round = 0, index, end;
-  bool shares;
-  __device__ Walk(const Call& a, const Memory<F>& m) : shares(a.shares) {
-    if (shares) {
-      asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];\n" : "=r"(index), "=r"(end) : "r"(m.share()));
-    } else {
-      index = blockIdx.x;
-      end = a.tiles;
-    }
+  static constexpr int kClasses = 16;  // of lengths
+  int round = 0, most = 0;             // most: blocks of keys of the longest sequence
+  int of = kClasses - 1, first = 0;    // where the search is: a class, and the first of 32 sequences
+  int before = 0;                      // tiles before these
+
+  __device__ Walk(const Call& a) {
+    if (!a.sorts) return;
+    for (int i = threadIdx.x % 32; i < a.batch; i += 32) most = max(most, blocks_of(Sequence(a, i)));
+    most = __reduce_max_sync(~0u, most);
   }
-  __device__ bool there() const { return index < end; }
-  __device__ void next() {
+  __device__ static int blocks_of(const Sequence& sequence) { return (sequence.keys + F::kKeys - 1) / F::kKeys; }
+
+  // The next tile; false: there are no more.
+  __device__ bool take(const Call& a, Tile& tile) {
+    const int index = round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     ++round;
-    index = shares ? index + 1 : round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    if (a.sorts) return find(a, index, tile);
+    if (index >= a.tiles) return false;
+    const int sequence = index / (a.runs * a.heads);
+    tile = in_sequence(a, Sequence(a, sequence), index - sequence * a.runs * a.heads);
+    return true;
+  }
+  __device__ static Tile in_sequence(const Call& a, const Sequence& sequence, int index) {
+    const int runs = sequence.runs(F::kRun), run = runs - 1 - index % runs;  // of causal ones the longest come first
+    return Tile(a, sequence, index / runs, run * F::kRun, F::kRun, F::kKeys);
+  }
+  __device__ bool find(const Call& a, int index, Tile& tile) {
+    const int lane = threadIdx.x % 32;
+    for (; of >= 0; --of, first = 0)
+      for (; first < a.batch; first += 32) {
+        int upto = 0;
+        if (first + lane < a.batch) {
+          const Sequence sequence(a, first + lane);
+          if (blocks_of(sequence) * kClasses / (most + 1) == of) upto = sequence.runs(F::kRun) * a.heads;
+        }
+        if (!__any_sync(~0u, upto)) continue;
+        const int own = upto;
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+          const int other = __shfl_up_sync(~0u, upto, i);
+          if (lane >= i) upto += other;
+        }
+        const unsigned behind = __ballot_sync(~0u, before + upto > index);
+        if (behind) {
+          const int found = __ffs(behind) - 1, start = before + __shfl_sync(~0u, upto - own, found);
+          if (start > index) return false;  // offsets that are none gave more tiles than can be counted
+          tile = in_sequence(a, Sequence(a, first + found), index - start);
+          return true;
+        }
+        before += __shfl_sync(~0u, upto, 31);
+      }
+    return false;
   }
 };
 
-// What a run of queries of one row of the batch costs, in keys.
 template <class F>
-__device__ int64_t cost_of(const Call& a, int batch) {
-  return Tile(a, batch * a.heads * a.runs, F::kRun, F::kKeys).blocks * F::kKeys + kTileCost;
-}
-
-// The first tile that starts at or after `work`; by a whole warp.
-template <class F>
-__device__ int tile_at(const Call& a, int64_t work) {
-  const int lane = threadIdx.x % 32, tiles = a.heads * a.runs;
-  int64_t before = 0;
-  for (int first = 0; first < a.batch; first += 32) {
-    const int64_t cost = first + lane < a.batch ? cost_of<F>(a, first + lane) : 0;
-    int64_t upto = cost * tiles;
+__device__ void load_tile(const Call& a, const Memory<F>& m, const Tile& tile, const Place<2>& own,
+                          Place<F::kStages>& place) {
+  const int kv_line = tile.head / a.group * F::kLines, start = tile.row - tile.first;
+  wait_for(m.query_empty(own.stage), own.round ^ 1);
+  put_tile(m.tile(own.stage), tile);
+  arrive_expecting(m.query_full(own.stage), F::kGroups * F::kQueryBytes);
 #pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, upto, i);
-      if (lane >= i) upto += other;
-    }
-    const unsigned over = __ballot_sync(~0u, before + upto > work);
-    if (over) {
-      const int found = __ffs(over) - 1;
-      const int64_t found_cost = __shfl_sync(~0u, cost, found);
-      const int64_t start = before + __shfl_sync(~0u, upto, found) - found_cost * tiles;
-      return (first + found) * tiles + static_cast<int>((work - start + found_cost - 1) / found_cost);
-    }
-    before += __shfl_sync(~0u, upto, 31);
+  for (int g = 0; g < F::kGroups; ++g)
+    copy_rows(m.query_of(own.stage, g), a.query, tile.row + g * kRows, tile.head * F::kLines, tile.batch,
+              m.query_full(own.stage));
+  for (int n = tile.blocks - 1; n >= 0; --n, place.next()) {
+    wait_for(m.key_empty(place.stage), place.round ^ 1);
+    arrive_expecting(m.key_full(place.stage), F::kBlockBytes);
+    copy_rows(m.key + place.stage * F::kBlockBytes, a.key, start + n * F::kKeys, kv_line, tile.batch,
+              m.key_full(place.stage));
+    wait_for(m.value_empty(place.stage), place.round ^ 1);
+    arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
+    copy_rows(m.value + place.stage * F::kBlockBytes, a.value, start + n * F::kKeys, kv_line, tile.batch,
+              m.value_full(place.stage));
   }
-  return a.tiles;
 }
 
-// What the block's tiles are, where lengths differ.
-template <class F>
-__device__ void take_share(const Call& a, const Memory<F>& m) {
-  int64_t whole = 0;
-  for (int b = threadIdx.x % 32; b < a.batch; b += 32) whole += cost_of<F>(a, b);
-#pragma unroll
-  for (int i = 16; i > 0; i /= 2) whole += __shfl_xor_sync(~0u, whole, i);
-  whole *= a.heads * a.runs;
-  const int begin = tile_at<F>(a, whole * blockIdx.x / gridDim.x);
-  const int end = tile_at<F>(a, whole * (blockIdx.x + 1) / gridDim.x);
-  asm volatile("st.shared.v2.b32 [%2], {%0, %1};\n" ::"r"(begin), "r"(end), "r"(m.share()) : "memory");
-}
-
+// By a whole warp, of which one thread asks the copy engine.
 template <class F>
 __device__ void load_all(const Call& a, const Memory<F>& m) {
+  Walk<F> walk(a);
   Place<F::kStages> place;
   Place<2> own;
-  for (Walk<F> walk(a, m); walk.there(); walk.next(), own.next()) {
-    const Tile tile(a, walk.index, F::kRun, F::kKeys);
-    const int kv_line = tile.head / a.group * F::kLines;
-    wait_for(m.query_empty(own.stage), own.round ^ 1);
-    arrive_expecting(m.query_full(own.stage), F::kGroups * F::kQueryBytes);
-#pragma unroll
-    for (int g = 0; g < F::kGroups; ++g)
-      copy_rows(m.query_of(own.stage, g), a.query, tile.first + g * kRows, tile.head * F::kLines, tile.batch,
-                m.query_full(own.stage));
-    for (int n = tile.blocks - 1; n >= 0; --n) {
-      wait_for(m.key_empty(place.stage), place.round ^ 1);
-      arrive_expecting(m.key_full(place.stage), F::kBlockBytes);
-      copy_rows(m.key + place.stage * F::kBlockBytes, a.key, n * F::kKeys, kv_line, tile.batch,
-                m.key_full(place.stage));
-      wait_for(m.value_empty(place.stage), place.round ^ 1);
-      arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
-      copy_rows(m.value + place.stage * F::kBlockBytes, a.value, n * F::kKeys, kv_line, tile.batch,
-                m.value_full(place.stage));
-      place.next();
-    }
+  const bool asks = threadIdx.x % 32 == 0;
+  for (Tile tile; walk.take(a, tile); own.next()) {
+    if (asks) load_tile<F>(a, m, tile, own, place);
+    __syncwarp();
   }
-}
-
-template <class F>
-__device__ void store_all(const Call& a, const Memory<F>& m) {
-  Place<2> own;
-  for (Walk<F> walk(a, m); walk.there(); walk.next(), own.next()) {
-    const Tile tile(a, walk.index, F::kRun, F::kKeys);
-    wait_for(m.out_full(own.stage), own.round);
-#pragma unroll
-    for (int g = 0; g < F::kGroups; ++g)
-      if (tile.first + g * kRows < a.queries)
-        store_rows(a.out, m.query_of(own.stage, g), tile.first + g * kRows, tile.head * F::kLines, tile.batch);
-    commit_boxes();
-    wait_boxes_read<0>();
-    arrive(m.query_empty(own.stage));
-  }
+  if (!asks) return;
+  wait_for(m.query_empty(own.stage), own.round ^ 1);
+  put_tile(m.tile(own.stage), {});
+  arrive(m.query_full(own.stage));
 }
 
 // What a thread keeps of its two rows.
@@ -346,7 +398,7 @@ __device__ inline float base_of(const State<F>& s, int half, float scale) {
   return s.largest[half] == -INFINITY ? 0 : s.largest[half] * scale;
 }
 
-// next = 2^(scores * scale - base); the sums of this thread's.
+// Weights 2^(scores * scale - base), in next where those before are still needed; the sums of this thread's.
 template <class F>
 __device__ inline void exponentials(State<F>& s, float scale, float (&added)[2]) {
 #pragma unroll
@@ -359,7 +411,7 @@ __device__ inline void exponentials(State<F>& s, float scale, float (&added)[2])
       const float high = exp2_of(fmaf(s.score[j * 4 + half * 2 + 1], scale, -base));
       sum[0] += low;
       sum[1] += high;
-      s.next[j * 2 + half] = pack_pair<typename F::T>(low, high);
+      (F::kAlone ? s.next : s.weight)[j * 2 + half] = pack_pair<typename F::T>(low, high);
     }
     added[half] = sum[0] + sum[1];
   }
@@ -377,7 +429,7 @@ __device__ inline void raise(State<F>& s, float scale) {
     s.shrink[half] = found > s.largest[half] ? exp2_of((s.largest[half] - found) * scale) : 1;
     s.largest[half] = found;
   }
-  s.grew = true;
+  s.grew = s.shrink[0] < 1 || s.shrink[1] < 1;
 }
 
 // Scores become weights. `left`: the keys of this block that each row sees, less this thread's first column. `fresh`:
@@ -393,6 +445,8 @@ __device__ inline void weigh(State<F>& s, float scale, int left0, int left1) {
   if (fresh) {
     s.largest[0] = s.largest[1] = -INFINITY;
     s.total[0] = s.total[1] = 0;
+  }
+  if (fresh || !F::kAlone) {  // two blocks leave no registers for scores beside their weights
     raise(s, scale);
     exponentials(s, scale, added);
   } else {
@@ -435,15 +489,31 @@ __device__ inline void clear_values(uint32_t value, int from, int thread) {
   fence_stores();
 }
 
+// Rows of the queries of a warpgroup that are none become zeros: they would choose, for the warp, when the maximum is
+// raised, and so how others are rounded.
+template <class F>
+__device__ inline void clear_queries(uint32_t query, int from, int thread, int threads) {
+  for (int i = max(from, 0) * 8 + thread; i < kRows * 8; i += threads)
+#pragma unroll
+    for (int line = 0; line < F::kLines; ++line)
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};\n" ::"r"(query + line * kRows * 128 + i * 16), "r"(0)
+                   : "memory");
+  fence_stores();
+}
+
 enum { kTurnBarrier = 1, kGroupBarrier = 5 };  // ids of named barriers: one a warpgroup each
 
-// Divides by the sums of the weights, into shared memory.
+// Divides by the sums of the weights, and stores the rows of this warp that are in the sequence: through shared memory,
+// where its own queries were, so that whole lines go out.
 template <class F>
-__device__ inline void finish(State<F>& s, const float (&total)[2], bool valid, uint32_t to, int lane, int warp) {
+__device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, const float (&total)[2], int index,
+                              int group, int lane, int warp) {
+  const Tile tile = tile_from(m.tile(index));  // again: registers are short while there is work
+  const uint32_t place = m.query_of(index, group);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = lanes_sum<4>(total[half]);
-    const float share = !valid ? NAN : sum == 0 ? 0 : 1 / sum;
+    const float share = !tile.valid ? NAN : sum == 0 ? 0 : 1 / sum;
 #pragma unroll
     for (int i = 0; i < F::kSize / 4; ++i) s.out[i / 2 * 4 + half * 2 + i % 2] *= share;
   }
@@ -451,14 +521,37 @@ __device__ inline void finish(State<F>& s, const float (&total)[2], bool valid, 
 #pragma unroll
   for (int j = 0; j < F::kSize / 8; j += 2) {
     const int unit = (j + lane / 16) % 8;
-    store_matrices(to + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
+    store_matrices(place + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
                    pack_pair<typename F::T>(s.out[j * 4], s.out[j * 4 + 1]),
                    pack_pair<typename F::T>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
                    pack_pair<typename F::T>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
                    pack_pair<typename F::T>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
   }
-  fence_stores();
   __syncwarp();
+  const int first = group * kRows + warp * 16, left = tile.queries - tile.first - first;
+  typename F::T* const to = static_cast<typename F::T*>(a.out) + tile.batch * a.out_batch_stride +
+                            (tile.row + first) * a.out_row_stride + tile.head * F::kSize;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i * 4 + lane / 8, unit = lane % 8;
+#pragma unroll
+    for (int line = 0; line < F::kLines; ++line) {
+      const uint4 v = load_shared(place + line * (kRows * 128) + (warp * 16 + r) * 128 + (unit ^ r % 8) * 16);
+      if (r < left) *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
+    }
+  }
+  fence_stores();  // before the copy engine writes there again
+  __syncwarp();
+}
+
+// Rows that no sequence has.
+template <class F>
+__device__ inline void clear_rest(const Call& a) {
+  const int width = a.heads * (F::kSize / 8);
+  const int64_t end = min(max(a.offsets[a.batch * a.offsets_stride], int64_t{0}), int64_t{a.queries});
+  for (int64_t r = end + blockIdx.x; r < a.queries; r += gridDim.x)
+    for (int i = threadIdx.x; i < width; i += F::kConsumers)
+      reinterpret_cast<uint4*>(static_cast<typename F::T*>(a.out) + r * a.out_row_stride)[i] = {};
 }
 
 // The blocks of all tiles in one sequence: the first product of a tile is under way with the last one of the one
@@ -475,17 +568,14 @@ __device__ void attend_all(const Call& a, const Memory<F>& m) {
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) arrive(barrier);
   };
-  Walk<F> walk(a, m);
-  if (!walk.there()) return;
-  if (group == F::kGroups - 1) end_turn();
 
   State<F> s;
   Place<F::kStages> keys, values;
   Place<2> own;
-  Tile tile;
-  int seen[2], clear;  // clear: blocks that need no mask
-  const auto enter = [&] {
-    tile = Tile(a, walk.index, F::kRun, F::kKeys);
+  wait_for(m.query_full(own.stage), own.round);
+  int n, seen[2], clear, seen_by_some;  // n: the block; clear: blocks that need no mask
+  const auto enter = [&](const Tile& tile) {
+    seen_by_some = tile.seen;
     const int first = tile.first + group * kRows, row = first + warp * 16 + lane / 4, column = lane % 4 * 2;
     seen[0] = tile.seen_by(a, row) - column;
     seen[1] = tile.seen_by(a, row + 8) - column;
@@ -494,9 +584,15 @@ __device__ void attend_all(const Call& a, const Memory<F>& m) {
     for (int i = 0; i < F::kSize / 2; ++i) s.out[i] = 0;
   };
   const auto clear_tail = [&](int n) {
-    if (tile.seen >= a.keys || tile.seen >= (n + 1) * F::kKeys) return;
+    if (seen_by_some >= a.keys || seen_by_some >= (n + 1) * F::kKeys) return;
     wait_for(m.value_full(values.stage), values.round);
-    clear_values<F>(m.value + values.stage * F::kBlockBytes, tile.seen - n * F::kKeys, thread);
+    clear_values<F>(m.value + values.stage * F::kBlockBytes, seen_by_some - n * F::kKeys, thread);
+    group_sync(kGroupBarrier + group, 128);
+  };
+  const auto clear_beyond = [&](const Tile& tile) {
+    const int left = tile.queries - tile.first - group * kRows;
+    if (left >= kRows || !a.offsets) return;  // beyond the end of a tensor there are zeros
+    clear_queries<F>(m.query_of(own.stage, group), left, thread, 128);
     group_sync(kGroupBarrier + group, 128);
   };
   const auto multiply_both = [&] {
@@ -516,14 +612,19 @@ __device__ void attend_all(const Call& a, const Memory<F>& m) {
     values.next();
   };
 
-  enter();
-  wait_for(m.query_full(own.stage), own.round);
+  {
+    const Tile tile = tile_from(m.tile(own.stage));
+    if (!tile.blocks) return;
+    if (group == F::kGroups - 1) end_turn();
+    enter(tile);
+    clear_beyond(tile);
+    n = tile.blocks - 1;
+  }
   wait_for(m.key_full(keys.stage), keys.round);
   multiply_keys<F>(s, m.query_of(own.stage, group), m.key + keys.stage * F::kBlockBytes);
   wgmma_wait<0>();
   release(m.key_empty(keys.stage));
   keys.next();
-  int n = tile.blocks - 1;
   weigh<true, true>(s, a.scale, seen[0] - n * F::kKeys, seen[1] - n * F::kKeys);
   keep_weights(s, a.zero);
   clear_tail(n);
@@ -539,44 +640,86 @@ __device__ void attend_all(const Call& a, const Memory<F>& m) {
     for (; n >= 0; --n) step(std::false_type{});
 
     const float total[2] = {s.total[0], s.total[1]};
-    const bool valid = tile.valid;
     const int place = own.stage;
-    walk.next();
-    if (!walk.there()) {
+    own.next();
+    wait_for(m.query_full(own.stage), own.round);
+    const Tile next = tile_from(m.tile(own.stage));
+    if (!next.blocks) {
       wait_for(m.value_full(values.stage), values.round);
       multiply_values<F>(s, m.value + values.stage * F::kBlockBytes);
       await_values();
-      finish(s, total, valid, m.query_of(place, group), lane, warp);
-      release(m.out_full(place));
+      finish(a, m, s, total, place, group, lane, warp);
       return;
     }
-    own.next();
-    wait_for(m.query_full(own.stage), own.round);
+    clear_beyond(next);
     multiply_both();
-    const Tile next(a, walk.index, F::kRun, F::kKeys);
     n = next.blocks - 1;
     {
       const int row = next.first + group * kRows + warp * 16 + lane / 4, before = n * F::kKeys + lane % 4 * 2;
       weigh<true, true>(s, a.scale, next.seen_by(a, row) - before, next.seen_by(a, row + 8) - before);
     }
     await_values();
-    finish(s, total, valid, m.query_of(place, group), lane, warp);
-    release(m.out_full(place));
-    enter();
+    finish(a, m, s, total, place, group, lane, warp);
+    release(m.query_empty(place));
+    enter(tile_from(m.tile(own.stage)));
     keep_weights(s, a.zero);
     clear_tail(n);
   }
 }
 
+// One product at a time: the other block of the multiprocessor has the tensor cores meanwhile.
 template <class F>
-__global__ void __launch_bounds__(F::kThreads, 1) attend(const __grid_constant__ Call a) {
+__device__ void attend_plainly(const Call& a, const Memory<F>& m) {
+  const int group = threadIdx.x / 128, thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
+  State<F> s;
+  Place<F::kStages> place;
+  for (Place<2> own;; own.next()) {
+    wait_for(m.query_full(own.stage), own.round);
+    const Tile tile = tile_from(m.tile(own.stage));
+    if (!tile.blocks) return;
+    const int first = tile.first + group * kRows, row = first + warp * 16 + lane / 4, column = lane % 4 * 2;
+    const int seen[2] = {tile.seen_by(a, row) - column, tile.seen_by(a, row + 8) - column};
+    const int clear = tile.seen_by(a, first) / F::kKeys;
+#pragma unroll
+    for (int i = 0; i < F::kSize / 2; ++i) s.out[i] = 0;
+    s.largest[0] = s.largest[1] = -INFINITY;
+    s.total[0] = s.total[1] = 0;
+    for (int n = tile.blocks - 1; n >= 0; --n, place.next()) {
+      const uint32_t value = m.value + place.stage * F::kBlockBytes;
+      wait_for(m.key_full(place.stage), place.round);
+      multiply_keys<F>(s, m.query_of(own.stage, group), m.key + place.stage * F::kBlockBytes);
+      wgmma_wait<0>();
+      if (lane == 0) arrive(m.key_empty(place.stage));
+      if (n >= clear)
+        weigh<true, false>(s, a.scale, seen[0] - n * F::kKeys, seen[1] - n * F::kKeys);
+      else
+        weigh<false, false>(s, a.scale, 0, 0);
+      shrink_out(s);
+      wait_for(m.value_full(place.stage), place.round);
+      if (tile.seen < a.keys && tile.seen < (n + 1) * F::kKeys) {
+        clear_values<F>(value, tile.seen - n * F::kKeys, thread);
+        group_sync(kGroupBarrier + group, 128);
+      }
+      multiply_values<F>(s, value);
+      wgmma_wait<0>();
+      if (lane == 0) arrive(m.value_empty(place.stage));
+    }
+    finish(a, m, s, s.total, own.stage, group, lane, warp);
+    if (lane == 0) arrive(m.query_empty(own.stage));
+  }
+}
+
+template <class F>
+__global__ void __launch_bounds__(F::kThreads, F::kBlocks) attend(const __grid_constant__ Call a) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const Memory<F> m(shared_address(memory));
   if (threadIdx.x == 0) {
+    prefetch_map(a.query);
+    prefetch_map(a.key);
+    prefetch_map(a.value);
     for (int i = 0; i < 2; ++i) {
       barrier_init(m.query_full(i), 1);
-      barrier_init(m.query_empty(i), 1);
-      barrier_init(m.out_full(i), F::kGroups * 4);
+      barrier_init(m.query_empty(i), F::kGroups * 4);
     }
     for (int i = 0; i < F::kStages; ++i) {
       barrier_init(m.key_full(i), 1);
@@ -587,21 +730,26 @@ __global__ void __launch_bounds__(F::kThreads, 1) attend(const __grid_constant__
     barriers_ready();
   }
   let_next_kernel_begin();
-  wait_for_earlier_kernels();
-  if (a.shares && threadIdx.x / 32 == 1) take_share(a, m);
   __syncthreads();
+  wait_for_earlier_kernels();
   if (threadIdx.x >= F::kConsumers) {
-    registers_down<F::kFew>();
-    if (threadIdx.x == F::kConsumers) load_all<F>(a, m);
-    if (threadIdx.x == F::kConsumers + 32) store_all<F>(a, m);
+    if constexpr (F::kAlone) registers_down<F::kFew>();
+    if (threadIdx.x / 32 == F::kConsumers / 32) load_all<F>(a, m);
   } else {
-    registers_up<F::kMany>();
-    attend_all<F>(a, m);
+    if constexpr (F::kAlone) registers_up<F::kMany>();
+    if (a.offsets) clear_rest<F>(a);
+    if constexpr (F::kAlone)
+      attend_all<F>(a, m);
+    else
+      attend_plainly<F>(a, m);
   }
 }
 
-// Few queries: the keys of one head are divided among the blocks of a cluster, and in each among the warpgroups. The
-// rows of a block are up to 64 queries, of all heads that share these keys. The parts meet through shared memory.
+// Few queries: the keys of one head are divided among blocks, and in each among the warpgroups. The rows of a block are
+// up to 64 queries, of all heads that share these keys. Where the caller has memory to lend, the parts meet there: the
+// last block of a head, by its index, waits for the others, and sums. They are then on the chip, or were: blocks begin
+// in the order of their indices. Otherwise the blocks are a cluster, and meet in shared memory; clusters leave
+// multiprocessors idle.
 
 struct FewCall {
   CUtensorMap query, key, value;  // query: [batch][query][head][line][kLine]
@@ -613,6 +761,13 @@ struct FewCall {
   float scale;
   uint32_t zero;
   bool causal;
+  // Where the parts meet in memory: how many there are of a head's keys, and, for each part of each head, a float4 of
+  // every four columns of its rows, their maxima and sums, and whether they are there: then `there` holds `ticket`.
+  int parts;
+  float4* part_out;
+  float2* part_sums;
+  uint64_t* there;
+  uint64_t ticket;
 };
 
 template <class F>
@@ -736,42 +891,105 @@ __device__ void attend_few(const FewCall& a, const FewMemory<F>& m, const Few<F>
   }
 }
 
-// Sums the parts of all blocks: each block some of the columns.
+// The sum of parts, of four columns of a row.
+struct Sum {
+  float largest = -INFINITY, total = 0, out[4] = {};
+  __device__ void add(float2 sums, float4 v, float scale) {
+    const float top = fmaxf(largest, sums.x), base = top == -INFINITY ? 0 : top;
+    const float shrink = exp2_of((largest - base) * scale), weight = exp2_of((sums.x - base) * scale);
+    largest = top;
+    total = total * shrink + sums.y * weight;
+    out[0] = out[0] * shrink + v.x * weight;
+    out[1] = out[1] * shrink + v.y * weight;
+    out[2] = out[2] * shrink + v.z * weight;
+    out[3] = out[3] * shrink + v.w * weight;
+  }
+};
+
+template <class F>
+__device__ void store_sum(const FewCall& a, const Few<F>& few, int row, int column, const Sum& sum) {
+  using T = typename F::T;
+  const int query = few.first + row / a.group;
+  if (query >= a.queries) return;
+  const float share = !few.valid ? NAN : sum.total == 0 ? 0 : 1 / sum.total;
+  T* const to = static_cast<T*>(a.out) + few.batch * a.out_batch_stride + query * a.out_row_stride +
+                (few.kv_head * a.group + row % a.group) * F::kSize + column;
+  store<4>(to, {sum.out[0] * share, sum.out[1] * share, sum.out[2] * share, sum.out[3] * share});
+}
+
+// Sums the parts of all blocks of a cluster: each block some of the columns.
 template <class F>
 __device__ void sum_parts(const FewCall& a, const FewMemory<F>& m, const Few<F>& few, int rank, int blocks) {
-  using T = typename F::T;
   constexpr int kAcross = F::kSize / 4;
   const int rows = a.run * a.group;
   for (int i = threadIdx.x * blocks + rank; i < rows * kAcross; i += blocks * F::kConsumers) {
-    const int row = i / kAcross, column = i % kAcross * 4, query = few.first + row / a.group;
-    if (query >= a.queries) continue;
-    float largest = -INFINITY, total = 0, out[4] = {};
+    const int row = i / kAcross, column = i % kAcross * 4;
+    Sum sum;
 #pragma unroll 8
     for (int part = 0; part < blocks * F::kGroups; ++part) {
       const uint32_t at = m.part(part % F::kGroups);
-      const float2 sums = load_pair_from(at + kRows * F::kSize * 4 + row * 8, part / F::kGroups);
-      const float4 v = load_from(at + (row * F::kSize + column) * 4, part / F::kGroups);
-      const float top = fmaxf(largest, sums.x), base = top == -INFINITY ? 0 : top;
-      const float shrink = exp2_of((largest - base) * a.scale), weight = exp2_of((sums.x - base) * a.scale);
-      largest = top;
-      total = total * shrink + sums.y * weight;
-      out[0] = out[0] * shrink + v.x * weight;
-      out[1] = out[1] * shrink + v.y * weight;
-      out[2] = out[2] * shrink + v.z * weight;
-      out[3] = out[3] * shrink + v.w * weight;
+      sum.add(load_pair_from(at + kRows * F::kSize * 4 + row * 8, part / F::kGroups),
+              load_from(at + (row * F::kSize + column) * 4, part / F::kGroups), a.scale);
     }
-    const float share = !few.valid ? NAN : total == 0 ? 0 : 1 / total;
-    T* const to = static_cast<T*>(a.out) + few.batch * a.out_batch_stride + query * a.out_row_stride +
-                  (few.kv_head * a.group + row % a.group) * F::kSize + column;
-    store<4>(to, {out[0] * share, out[1] * share, out[2] * share, out[3] * share});
+    store_sum<F>(a, few, row, column, sum);
   }
 }
 
+__device__ inline uint64_t load_acquire(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];\n" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ inline void store_release(uint64_t* p, uint64_t v) {
+  asm volatile("st.release.gpu.global.b64 [%0], %1;\n" ::"l"(p), "l"(v) : "memory");
+}
+
+// Puts this block's part into memory; the last block of a head sums them all.
 template <class F>
+__device__ void join_parts(const FewCall& a, const FewMemory<F>& m, const Few<F>& few, int part) {
+  constexpr int kAcross = F::kSize / 4;
+  const int rows = a.run * a.group, before = blockIdx.x - part;
+  const bool is_last = part == a.parts - 1;
+  if (is_last) {
+    for (int i = threadIdx.x; i < part; i += F::kConsumers) {
+      while (load_acquire(a.there + before + i) != a.ticket) {
+      }
+      a.there[before + i] = 0;  // a graph comes again with the same ticket
+    }
+  }
+  group_sync(kTurnBarrier, F::kConsumers);  // this block's own are in shared memory, those of the others in memory
+  for (int i = threadIdx.x; i < rows * kAcross; i += F::kConsumers) {
+    const int row = i / kAcross, column = i % kAcross * 4;
+    Sum sum;
+#pragma unroll
+    for (int group = 0; group < F::kGroups; ++group)
+      sum.add(load_pair_from(m.part(group) + kRows * F::kSize * 4 + row * 8, 0),
+              load_from(m.part(group) + (row * F::kSize + column) * 4, 0), a.scale);
+    if (is_last) {
+#pragma unroll 8
+      for (int64_t other = before; other < before + part; ++other)
+        sum.add(__ldcg(a.part_sums + other * rows + row), __ldcg(a.part_out + other * rows * kAcross + i), a.scale);
+      store_sum<F>(a, few, row, column, sum);
+    } else {
+      const int64_t at = blockIdx.x;
+      a.part_out[at * rows * kAcross + i] = {sum.out[0], sum.out[1], sum.out[2], sum.out[3]};
+      if (column == 0) a.part_sums[at * rows + row] = {sum.largest, sum.total};
+    }
+  }
+  if (is_last) return;
+  group_sync(kTurnBarrier, F::kConsumers);
+  if (threadIdx.x == 0) store_release(a.there + blockIdx.x, a.ticket);
+}
+
+// `in_memory`: where the parts meet.
+template <class F, bool in_memory>
 __global__ void __launch_bounds__(F::kConsumers + 32, 1) attend_with_few(const __grid_constant__ FewCall a) {
   extern __shared__ __align__(1024) unsigned char memory[];
   const FewMemory<F> m(shared_address(memory));
   if (threadIdx.x == 0) {
+    prefetch_map(a.query);
+    prefetch_map(a.key);
+    prefetch_map(a.value);
     barrier_init(m.query_full(), 1);
     for (int i = 0; i < F::kStages; ++i) {
       barrier_init(m.key_full(i), 1);
@@ -781,17 +999,24 @@ __global__ void __launch_bounds__(F::kConsumers + 32, 1) attend_with_few(const _
     }
     barriers_ready();
   }
+  clear_queries<F>(m.query, a.run * a.group, threadIdx.x, F::kConsumers + 32);
   __syncthreads();
   let_next_kernel_begin();
-  int blocks;
-  asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(blocks));
-  const int rank = cluster_rank();
+  int blocks = a.parts, rank = blockIdx.x % blocks;
+  if constexpr (!in_memory) {
+    asm volatile("mov.u32 %0, %%cluster_nctarank;\n" : "=r"(blocks));
+    rank = cluster_rank();
+  }
   wait_for_earlier_kernels();
   const Few<F> few(a, rank, blocks);
   if (threadIdx.x < F::kConsumers)
     attend_few<F>(a, m, few);
   else if (threadIdx.x == F::kConsumers)
     load_few<F>(a, m, few);
+  if constexpr (in_memory) {
+    if (threadIdx.x < F::kConsumers) join_parts<F>(a, m, few, rank);
+    return;
+  }
   __syncthreads();  // for compute-sanitizer, to which the next barrier does not count within a block
   cluster_arrive();
   cluster_wait();
@@ -840,23 +1065,28 @@ void run(const CudaAttention& a, int processors, void* stream) {
   const int64_t lines = a.heads * F::kLines, kv_lines = a.kv_heads * F::kLines;
   Call c{};
   c.query = rows_map(a.query, type, a.queries, lines, a.batch, kRows, F::kLines);
-  c.out = rows_map(a.out, type, a.queries, lines, a.batch, kRows, F::kLines);
+  c.out = a.out.data;
+  c.out_batch_stride = a.out.batch_stride;
+  c.out_row_stride = a.out.row_stride;
   c.key = rows_map(a.key, type, a.keys, kv_lines, a.batch, F::kKeys, F::kLines);
   c.value = rows_map(a.value, type, a.keys, kv_lines, a.batch, F::kKeys, F::kLines);
   c.lengths = a.lengths;
   c.lengths_stride = a.lengths_stride;
-  c.batch = static_cast<int>(a.batch);
+  c.offsets = a.offsets;
+  c.offsets_stride = a.offsets_stride;
+  c.batch = static_cast<int>(a.offsets ? a.sequences : a.batch);
   c.queries = static_cast<int>(a.queries);
-  c.keys = static_cast<int>(a.keys);
+  c.keys = static_cast<int>(a.offsets ? kMostRows : a.keys);  // behind those of a sequence are those of the next
+  c.behind = static_cast<int>(a.keys - a.queries);
   c.heads = static_cast<int>(a.heads);
   c.group = static_cast<int>(a.heads / a.kv_heads);
   c.runs = static_cast<int>(runs_of(a, F::kRun));
-  c.tiles = c.batch * c.heads * c.runs;
+  c.tiles = c.heads * (a.offsets ? c.runs + c.batch : c.runs * c.batch);  // of packed ones, no more than these
   c.scale = a.scale * kLog2E;
   c.causal = a.causal;
-  c.shares = a.lengths && !a.causal;
+  c.sorts = a.offsets || (a.lengths && !a.causal);
   // What each run costs is known to nobody beforehand where both matter: the hardware hands them out.
-  const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors, c.tiles);
+  const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors * F::kBlocks, c.tiles);
   launch_clusters(attend<F>, blocks, 1, F::kThreads, F::kBytes, stream, c);
 }
 
@@ -865,7 +1095,7 @@ constexpr int kMostBlocks = 16;  // of a cluster
 // How many clusters of so many blocks run at a time.
 template <class F>
 std::array<int, kMostBlocks + 1> clusters_at_once() {
-  const auto kernel = attend_with_few<F>;
+  const auto kernel = attend_with_few<F, false>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, FewMemory<F>::kBytes));
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   std::array<int, kMostBlocks + 1> found{};
@@ -894,8 +1124,35 @@ int cluster_for(const CudaAttention& a, int64_t clusters) {
   return blocks;
 }
 
+// A number that no memory holds by chance, and no launch before had.
+uint64_t new_ticket() {
+  static std::atomic<uint64_t> count{uint64_t{std::random_device{}()} << 32 | std::random_device{}()};
+  uint64_t v = count += 0x9e3779b97f4a7c15;  // splitmix64 (Steele et al. 2014)
+  v = (v ^ v >> 30) * 0xbf58476d1ce4e5b9;
+  v = (v ^ v >> 27) * 0x94d049bb133111eb;
+  return (v ^ v >> 31) | 1;
+}
+
+// Memory for the parts of `heads` heads. False where clusters are as fast (few parts, few keys for each, or many rows
+// to sum: benchmarks/README.md), or the caller lends none.
 template <class F>
-void run_few(const CudaAttention& a, void* stream) {
+bool take_parts(const CudaAttention& a, int64_t heads, int processors, FewCall& c) {
+  constexpr int64_t kFewRows = 8, kFewParts = 4, kManyBlocks = 6;
+  const int64_t blocks = (a.keys + F::kKeys - 1) / F::kKeys, wanted = processors / heads, rows = c.run * c.group;
+  if (wanted < kFewParts || rows > kFewRows || blocks < kManyBlocks * wanted) return false;
+  c.parts = static_cast<int>(wanted);
+  const int64_t parts = heads * c.parts, out_bytes = parts * rows * F::kSize * 4, sums_bytes = parts * rows * 8;
+  char* const memory = static_cast<char*>(a.memory.take(out_bytes + sums_bytes + parts * 8));
+  if (!memory) return false;
+  c.part_out = reinterpret_cast<float4*>(memory);
+  c.part_sums = reinterpret_cast<float2*>(memory + out_bytes);
+  c.there = reinterpret_cast<uint64_t*>(memory + out_bytes + sums_bytes);
+  c.ticket = new_ticket();
+  return true;
+}
+
+template <class F>
+void run_few(const CudaAttention& a, int processors, void* stream) {
   const auto type = kMapType<typename F::T>;
   FewCall c{};
   c.group = static_cast<int>(a.heads / a.kv_heads);
@@ -916,9 +1173,12 @@ void run_few(const CudaAttention& a, void* stream) {
   c.runs = static_cast<int>(runs_of(a, c.run));
   c.scale = a.scale * kLog2E;
   c.causal = a.causal;
-  const int64_t clusters = a.batch * a.kv_heads * c.runs;
-  const int cluster = cluster_for<F>(a, clusters);
-  launch_clusters(attend_with_few<F>, static_cast<int>(clusters) * cluster, cluster, F::kConsumers + 32,
+  const int64_t heads = a.batch * a.kv_heads * c.runs;
+  if (take_parts<F>(a, heads, processors, c))
+    return launch_clusters(attend_with_few<F, true>, static_cast<int>(heads) * c.parts, 1, F::kConsumers + 32,
+                           FewMemory<F>::kBytes, stream, c);
+  const int cluster = cluster_for<F>(a, heads);
+  launch_clusters(attend_with_few<F, false>, static_cast<int>(heads) * cluster, cluster, F::kConsumers + 32,
                   FewMemory<F>::kBytes, stream, c);
 }
 
@@ -926,12 +1186,19 @@ template <class T, int kSize>
 void run_size(const CudaAttention& a, int processors, void* stream) {
   // The sizes of blocks are measured ones: benchmarks/README.md.
   using Few = std::conditional_t<kSize == 128, Form<T, 128, 64, 2, 6>, Form<T, 64, 128, 2, 6>>;
-  using Short = RunForm<T, 64, 64, 2, 6, false>;
-  using Long = std::conditional_t<kSize == 128, RunForm<T, 128, 128, 2, 2, true>, RunForm<T, 64, 64, 4, 6, false>>;
+  using Short = RunForm<T, 64, 64, 2, 4, false, 2>;
+  using Long =
+      std::conditional_t<kSize == 128, RunForm<T, 128, 128, 2, 2, true, 1>, RunForm<T, 64, 64, 4, 6, false, 1>>;
   constexpr int64_t kManyKeys = 1024;
+  constexpr int64_t kShortMean = 192;  // of packed sequences' lengths
+  if (a.offsets) {
+    if constexpr (kSize == 64)
+      if (a.queries < kShortMean * a.sequences) return run<Short>(a, processors, stream);
+    return run<Long>(a, processors, stream);
+  }
   const int64_t group = a.heads / a.kv_heads;
   const bool idle = a.batch * a.heads * runs_of(a, Long::kRun) * 2 <= processors && a.keys >= kManyKeys;
-  if (group <= kRows && (group * a.queries <= kRows || idle)) return run_few<Few>(a, stream);
+  if (group <= kRows && (group * a.queries <= kRows || idle)) return run_few<Few>(a, processors, stream);
   if constexpr (kSize == 64)  // where the longer runs would be half empty
     if (a.queries < 2 * Long::kRun && (a.queries - 1) % Long::kRun < Short::kRun)
       return run<Short>(a, processors, stream);
@@ -940,7 +1207,7 @@ void run_size(const CudaAttention& a, int processors, void* stream) {
 
 // Whether the copy engine can take these tensors, and 32 bits count what there is.
 bool is_for_hopper(const CudaAttention& a) {
-  constexpr int64_t kMost = 1 << 30;
+  constexpr int64_t kMost = kMostRows;
   const auto fits = [&](const CudaGrid& g, int64_t rows) {
     const auto takes = [](int64_t stride, int64_t count) {
       return count == 1 || (stride > 0 && stride % 8 == 0 && stride < kMost * 64);
@@ -948,8 +1215,8 @@ bool is_for_hopper(const CudaAttention& a) {
     return aligned(g.data) && takes(g.row_stride, rows) && takes(g.batch_stride, a.batch);
   };
   const bool counts = a.keys > 0 && a.keys < kMost && a.queries < kMost && a.batch < kMost &&
-                      a.heads < kMost / a.batch / (a.queries / kRows + 1);
-  return !a.offsets && (a.head_size == 64 || a.head_size == 128) && a.scale > 0 && a.scale < INFINITY && counts &&
+                      a.heads < kMost / a.batch / (a.queries / kRows + 1 + (a.offsets ? a.sequences : 0));
+  return (a.head_size == 64 || a.head_size == 128) && a.scale > 0 && a.scale < INFINITY && counts &&
          fits(a.query, a.queries) && fits(a.key, a.keys) && fits(a.value, a.keys) && fits(a.out, a.queries);
 }
 

@@ -5,7 +5,8 @@
  * any other tensor. Nothing here throws.
  *
  * All tensors of a call are on one device: the CPU (float32, bfloat16) or one GPU (float32, bfloat16, float16). On a
- * GPU a call returns when its kernel is queued on the stream, allocates nothing, and can be captured in a CUDA graph. */
+ * GPU a call returns when its kernel is queued on the stream, takes memory of the context's gpu_memory alone, and can be
+ * captured in a CUDA graph. */
 #ifndef KPDEPLOY_H
 #define KPDEPLOY_H
 
@@ -62,6 +63,9 @@ typedef struct {
   void* stream;   /* cudaStream_t, where the tensors are on a GPU; their device is then the current one */
   char* message;  /* receives why a call was refused */
   size_t message_bytes;
+  /* At least `bytes` on the GPU, aligned to 16, of any content: the callee's until all that it has queued on the stream
+   * has run, in a graph that captures the stream too. NULL, or a NULL that it returns: kernels that need none run. */
+  void* (*gpu_memory)(void* pool, size_t bytes);
 } kpdeploy_context;
 
 /* Softmax(scale * Q K^T) V for each head.

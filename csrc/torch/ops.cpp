@@ -137,12 +137,32 @@ class OnDeviceOf {
   void* stream_ = nullptr;
 };
 
+// What kernels are lent: torch gives it to none but them before they have run, since its allocator goes by the stream,
+// and in a captured graph it stays the graph's.
+struct Lent {
+  int32_t device_index;
+  std::vector<Tensor> held;
+};
+
+void* lend(void* pool, size_t bytes) {
+  auto* lent = static_cast<Lent*>(pool);
+  const int64_t size = static_cast<int64_t>(bytes), stride = 1;
+  AtenTensorHandle made;
+  if (aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(), aoti_torch_device_type_cuda(),
+                               lent->device_index, &made) != AOTI_TORCH_SUCCESS)
+    return nullptr;
+  lent->held.emplace_back(made);
+  return lent->held.back().data_ptr();
+}
+
 // `first`: the op's first tensor, on whose device the others must be too.
 template <class Call>
 void run(const View& first, const Call& call) {
   const OnDeviceOf device(first);
   char message[512] = "";
-  const kpdeploy_context context{on_torch_threads, nullptr, torch_threads(), device.stream(), message, sizeof message};
+  Lent lent{first.view.device_index, {}};
+  const kpdeploy_context context{on_torch_threads, &lent,   torch_threads(), device.stream(), message,
+                                 sizeof message,   lend};
   if (call(&context) != KPDEPLOY_OK) throw std::runtime_error(message);
 }
 

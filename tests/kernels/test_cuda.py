@@ -591,6 +591,30 @@ def test_a_length_out_of_range_gives_nan_in_its_row_alone(
         assert torch.equal(out[1], torch.ops.kpdeploy.attention(q, k, v, None, heads, heads, 0.2, False)[1])
 
 
+def test_keys_shared_among_blocks_give_the_same_again_and_again(hopper: None) -> None:
+    """Decoding: in a graph that is replayed, and on streams that run beside each other."""
+    op = torch.ops.kpdeploy.attention
+    q, k, v = (torch.randn(1, n, h * 128, device="cuda").bfloat16() for n, h in ((1, 32), (8192, 8), (8192, 8)))
+    calls_of = [(q * i, k, v, None, 32, 8, 0.1, False) for i in range(4)]
+    wanted = [op(*call) for call in calls_of]
+    graph, slot = torch.cuda.CUDAGraph(), q.clone()
+    with torch.cuda.graph(graph):
+        captured = [op(slot, *call[1:]) for call in calls_of]
+    streams = [torch.cuda.Stream() for _ in calls_of]
+    torch.cuda.synchronize()
+    for i in range(20):
+        slot.copy_(calls_of[i % 4][0])
+        graph.replay()
+        assert all(torch.equal(out, wanted[i % 4]) for out in captured), i
+        torch.cuda.synchronize()
+        outs = []
+        for stream, call in zip(streams, calls_of, strict=True):
+            with torch.cuda.stream(stream):
+                outs += [op(*call) for _ in range(5)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, wanted[j // 5]) for j, out in enumerate(outs)), i
+
+
 @CALLS
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_sequences_read_nothing_of_each_other(
