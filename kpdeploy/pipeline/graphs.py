@@ -39,7 +39,7 @@ class OnGpu:
     def candidate(self, way: Lowering, known: Sequence[Candidate], prove: Callable[[Artifact], Candidate]) -> Candidate:
         """The first form of a way that `prove` finds right; else the last one, with the reason."""
         settings = {**way.settings, "op_libraries": (TORCH,)}
-        found = Candidate(format=way.format, settings=settings, level=way.level)
+        found = blank = Candidate(format=way.format, settings=settings, level=way.level)
         if any(c.passed and c.format == way.format and c.level == way.level for c in known):
             return replace(found, reason="another precision of its level has passed, and is as fast")
         library = find(TORCH)
@@ -49,7 +49,7 @@ class OnGpu:
             folder = self.capture.folder / "artifacts" / f"{way.format}-{way.precision}-{index}"
             folder.mkdir(parents=True)
             shutil.copyfile(library, folder / library.name)
-            found = replace(self._tried(form, found, folder, prove), level=way.level)
+            found = replace(self._tried(form, blank, folder, prove), level=way.level)
             if found.passed:
                 break
         return found
