@@ -583,9 +583,10 @@ void run_tiles(const CudaLinear& a, int processors, void* stream) {
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kTileRows);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, S::kBox);
   const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, S::kBox) : weight;
-  const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16, S::kOutLine);
-  launch_clusters(multiply_tiles<T, Out, kColumns, kGated>, std::min(g.down * g.across, processors), 1, kThreads, S::kBytes,
-                  stream, x, weight, gate, out, finish_of(a), g);
+  const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16,
+                                     S::kOutLine);
+  launch_when(a.rows <= kEarlyRows, multiply_tiles<T, Out, kColumns, kGated>, std::min(g.down * g.across, processors), 1,
+              kThreads, S::kBytes, stream, x, weight, gate, out, finish_of(a), g);
 }
 
 template <class T, class Out, int kRows, bool kGated>

@@ -241,9 +241,9 @@ void run_shares(const CudaLinear& a, int blocks, int room, void* stream) {
   s.received = s.stages * stage + beyond;
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), s.box);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, kColumns);
-  launch_clusters(multiply_shares<T, Out, kGroups, kColumns>, g.down * g.across * blocks, blocks, S::kThreads,
-                  s.received + rest, stream, x, weight, reinterpret_cast<Out*>(a.out.data),
-                  pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)}, finish_of(a), g, s);
+  launch_when(a.rows <= kEarlyRows, multiply_shares<T, Out, kGroups, kColumns>, g.down * g.across * blocks, blocks,
+              S::kThreads, s.received + rest, stream, x, weight, reinterpret_cast<Out*>(a.out.data),
+              pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)}, finish_of(a), g, s);
 }
 
 }  // namespace
