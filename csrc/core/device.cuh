@@ -197,26 +197,41 @@ __device__ inline void let_next_kernel_begin() {
 #endif
 }
 
-// From compute capability 9.0 on.
+// For how many rows, at most, a kernel should begin while the one ahead of it ends. In models of more, all kernels took a
+// tenth longer with such starts (benchmarks/README.md).
+constexpr int64_t kEarlyRows = 256;
+
+// From compute capability 9.0 on. `early`: the kernel may begin while the one ahead of it in the stream runs.
 template <class... Parameters, class... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
-                     void* stream, const Arguments&... arguments) {
+void launch_when(bool early, void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
+                 void* stream, const Arguments&... arguments) {
   if (shared_bytes > 48 << 10)
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
   cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  int count = 0;
+  if (early) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = count;
   check_cuda(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), int blocks, int cluster, int threads, size_t shared_bytes,
+                     void* stream, const Arguments&... arguments) {
+  launch_when(true, kernel, blocks, cluster, threads, shared_bytes, stream, arguments...);
 }
 
 struct Gpu {

@@ -136,8 +136,8 @@ __device__ inline void store_matrices(uint32_t row, uint32_t a, uint32_t b, uint
 }
 
 // Host side: a matrix [rows][columns] whose rows are `stride` bytes apart (a multiple of 16, as its address), for boxes
-// of box_rows x 128 bytes, swizzled by 128 bytes; what lies outside reads as 0.
+// of box_rows x `line` bytes (128 or 64), swizzled by as many; what lies outside reads as 0.
 CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int item_bytes, int64_t rows, int64_t columns,
-                       int64_t stride, int box_rows);
+                       int64_t stride, int box_rows, int line = 128);
 
 }  // namespace kpdeploy

@@ -15,15 +15,15 @@
 namespace kpdeploy {
 
 CUtensorMap tensor_map(const void* data, CUtensorMapDataType type, int item_bytes, int64_t rows, int64_t columns,
-                       int64_t stride, int box_rows) {
+                       int64_t stride, int box_rows, int line) {
   CUtensorMap map;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(128 / item_bytes), static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(line / item_bytes), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       encoder()(&map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                line == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) refuse("the copy engine refuses a tensor (CUDA error %d)", static_cast<int>(result));
   return map;
 }
@@ -40,7 +40,9 @@ struct Tile {
   static constexpr int kBox = kColumns / (kGated ? 2 : 1);  // rows of a weight in one load
   static constexpr int kStage = (kTileRows + kColumns) * kLine;
   static constexpr int kVectors = kOut * (kIsF8<T> ? 2 : 1);  // floats of a warpgroup: bias, scales of the weight
-  static constexpr int kPatch = 16 * kLine;                   // what a warp stores at once
+  // What a warp stores at once: rows of whole lines, of which there is a whole number in a tile.
+  static constexpr int kOutLine = kOut * int{sizeof(Out)} % kLine ? kLine / 2 : kLine;
+  static constexpr int kPatch = 16 * kLine;
   static constexpr int kRoom = kShared - kGroups * kVectors * 4 - 256;
   static constexpr int kPatches = kRoom >= 4 * kStage + 2 * kConsumers * kPatch ? 2 : 1;
   static constexpr int kFit = (kRoom - kPatches * kConsumers * kPatch) / kStage, kStages = kFit < 8 ? kFit : 8;
@@ -58,16 +60,20 @@ __device__ inline int2 corner_of(const Grid& g, int tile, int columns) {
 }
 
 // Part `part` of a tile, 32 columns of a warp's 16 rows, which start at `at`: pair(block, half) gives two neighbours in a
-// row as `Out`. Lines of 128 bytes are gathered in shared memory; whole ones go out.
+// row as `Out`. Lines are gathered in shared memory; whole ones go out.
 template <class S, class Out, class Pair>
 __device__ inline void put(int part, const CUtensorMap& out, uint32_t patches, int2 at, const Pair& pair) {
-  constexpr int kParts = kLine / (32 * int{sizeof(Out)});  // of a line
+  constexpr int kWide = S::kOutLine, kParts = kWide / (32 * int{sizeof(Out)});  // of a line
   const int lane = threadIdx.x % 32, line = part / kParts, in_line = part % kParts;
   const uint32_t patch = patches + line % S::kPatches * S::kPatch;
   if (in_line == 0) {
     if (lane == 0) wait_boxes_read<S::kPatches - 1>();
     __syncwarp();
   }
+  // Where 16 bytes of a row go, as the copy engine swizzles lines of 128 and of 64 bytes.
+  const auto at_chunk = [&](int row, int chunk) {
+    return patch + row * kWide + (chunk ^ (kWide == 128 ? row % 8 : row / 2 % 4)) * 16;
+  };
 #pragma unroll
   for (int j = 0; j < 4; j += 2) {
     const int block = part * 4 + j;
@@ -75,21 +81,21 @@ __device__ inline void put(int part, const CUtensorMap& out, uint32_t patches, i
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i % 2 * 8, chunk = in_line * 2 + j / 2;  // 16 columns in 16 bytes
-        const uint32_t to = patch + row * kLine + (chunk ^ row % 8) * 16 + i / 2 * 8 + lane % 4 * 2;
+        const uint32_t to = at_chunk(row, chunk) + i / 2 * 8 + lane % 4 * 2;
         asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(to), "h"(static_cast<uint16_t>(pair(block + i / 2, i % 2)))
                      : "memory");
       }
     } else {
       const int row = lane % 16, chunk = in_line * 4 + j + lane / 16;
       const uint32_t a = pair(block, 0), b = pair(block, 1), c = pair(block + 1, 0), d = pair(block + 1, 1);
-      store_matrices(patch + row * kLine + (chunk ^ row % 8) * 16, a, b, c, d);
+      store_matrices(at_chunk(row, chunk), a, b, c, d);
     }
   }
   if (in_line + 1 < kParts) return;
   fence_stores();
   __syncwarp();
   if (lane == 0) {
-    store_box(out, patch, at.y + line * kLine / int{sizeof(Out)}, at.x);
+    store_box(out, patch, at.y + line * kWide / int{sizeof(Out)}, at.x);
     commit_boxes();
   }
 }
@@ -577,9 +583,10 @@ void run_tiles(const CudaLinear& a, int processors, void* stream) {
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kTileRows);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, S::kBox);
   const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, S::kBox) : weight;
-  const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16);
-  launch_clusters(multiply_tiles<T, Out, kColumns, kGated>, std::min(g.down * g.across, processors), 1, kThreads, S::kBytes,
-                  stream, x, weight, gate, out, finish_of(a), g);
+  const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16,
+                                     S::kOutLine);
+  launch_when(a.rows <= kEarlyRows, multiply_tiles<T, Out, kColumns, kGated>, std::min(g.down * g.across, processors), 1,
+              kThreads, S::kBytes, stream, x, weight, gate, out, finish_of(a), g);
 }
 
 template <class T, class Out, int kRows, bool kGated>
@@ -637,11 +644,9 @@ int64_t cost_of(const CudaLinear& a, int columns, int processors) {
 template <class T, class Out>
 void run_widest(const CudaLinear& a, int processors, void* stream) {
   const int64_t wide = cost_of(a, 256, processors), narrow = cost_of(a, 128, processors) * 5 / 4;
-  int64_t middle = INT64_MAX;
-  if constexpr (!kIsF8<Out>) middle = cost_of(a, 192, processors) * 21 / 20;
+  const int64_t middle = cost_of(a, 192, processors) * 21 / 20;
   if (wide <= middle && wide <= narrow) return run_tiles<T, Out, 256, false>(a, processors, stream);
-  if constexpr (!kIsF8<Out>)
-    if (middle <= narrow) return run_tiles<T, Out, 192, false>(a, processors, stream);
+  if (middle <= narrow) return run_tiles<T, Out, 192, false>(a, processors, stream);
   run_tiles<T, Out, 128, false>(a, processors, stream);
 }
 

@@ -241,9 +241,9 @@ void run_shares(const CudaLinear& a, int blocks, int room, void* stream) {
   s.received = s.stages * stage + beyond;
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), s.box);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, kColumns);
-  launch_clusters(multiply_shares<T, Out, kGroups, kColumns>, g.down * g.across * blocks, blocks, S::kThreads,
-                  s.received + rest, stream, x, weight, reinterpret_cast<Out*>(a.out.data),
-                  pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)}, finish_of(a), g, s);
+  launch_when(a.rows <= kEarlyRows, multiply_shares<T, Out, kGroups, kColumns>, g.down * g.across * blocks, blocks,
+              S::kThreads, s.received + rest, stream, x, weight, reinterpret_cast<Out*>(a.out.data),
+              pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)}, finish_of(a), g, s);
 }
 
 }  // namespace
@@ -253,21 +253,24 @@ bool hopper_shares(const CudaLinear& a, int processors, void* stream) {
   if (a.gated) return false;
   const int steps = blocks_of(a.k * sizeof(T), kLine);
   const auto tiles = [&](int rows, int columns) { return int64_t{blocks_of(a.rows, rows)} * blocks_of(a.n, columns); };
-  const auto room = [&](int64_t blocks) { return blocks <= processors ? kShared - 1024 : kShared / 2 - 1024; };
+  // All of a multiprocessor's memory where each has one block at most; clusters of 4 leave some of them out.
+  const auto room = [&](int64_t tiles, int blocks) {
+    return tiles * blocks <= processors - (blocks > 2 ? processors / 8 : 0) ? kShared - 1024 : kShared / 2 - 1024;
+  };
   // As many blocks as there are multiprocessors, about: what was measured fastest for rows from 1 to 1024.
   if (a.rows > 128) {
     const int64_t few = tiles(128, 64);
     if (few > processors) return false;
     const int blocks = few * 2 <= processors && steps >= 8 ? 2 : 1;
-    run_shares<T, Out, 2, 64>(a, blocks, room(few * blocks), stream);
+    run_shares<T, Out, 2, 64>(a, blocks, room(few, blocks), stream);
   } else if (a.rows > 64 ? steps >= 32 && tiles(64, 64) * 4 <= processors : !kIsF8<T>) {
     const int64_t few = tiles(64, 64);
     const int blocks = few * 4 <= processors && steps >= 16 ? 4 : few * 2 <= processors && steps >= 4 ? 2 : 1;
-    run_shares<T, Out, 1, 64>(a, blocks, room(few * blocks), stream);
+    run_shares<T, Out, 1, 64>(a, blocks, room(few, blocks), stream);
   } else {
     const int64_t few = tiles(64, 32);
     const int blocks = few * 2 <= (a.rows > 64 ? 1 : 2) * processors && steps >= 4 ? 2 : 1;
-    run_shares<T, Out, 1, 32>(a, blocks, room(few * blocks), stream);
+    run_shares<T, Out, 1, 32>(a, blocks, room(few, blocks), stream);
   }
   return true;
 }

@@ -195,11 +195,10 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const __grid_constant_
   for (int i = 0; i < kAtOnce && at + i < a.n; ++i) store_f8<1>(to + i, {to_float(from[i])}, inverse);
 }
 
-// On a GPU that can, the kernel begins while the one ahead of it ends.
+// For rows that are few, the kernel begins while the one ahead of it ends, on a GPU that can.
 template <class Kernel, class... Arguments>
-void launch_early(Kernel kernel, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
-  if (blocks > INT32_MAX) refuse_unsupported("the tensors are too large for one launch");
-  if (current_gpu().capability >= 90)
+void launch_rows(int64_t rows, Kernel kernel, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  if (blocks <= INT32_MAX && rows <= kEarlyRows && current_gpu().capability >= 90)
     launch_clusters(kernel, static_cast<int>(blocks), 1, threads, 0, stream, arguments...);
   else
     launch(kernel, blocks, threads, 0, stream, arguments...);
@@ -210,9 +209,10 @@ void norm_in(const CudaNorm& a, bool in_warp, void* stream) {
   // A few rows are spread over the chip, a warp a block.
   const int64_t each = std::clamp<int64_t>(a.rows / 256, 1, kThreads / 32);
   if (in_warp)
-    launch_early(norm_rows<T, kVector, 32, kChunks>, (a.rows + each - 1) / each, static_cast<int>(each) * 32, stream, a);
+    launch_rows(a.rows, norm_rows<T, kVector, 32, kChunks>, (a.rows + each - 1) / each, static_cast<int>(each) * 32, stream,
+                a);
   else
-    launch_early(norm_rows<T, kVector, kThreads, kChunks>, a.rows, kThreads, stream, a);
+    launch_rows(a.rows, norm_rows<T, kVector, kThreads, kChunks>, a.rows, kThreads, stream, a);
 }
 
 // Whether rows of bytes can be written `bytes` at a time.
@@ -245,7 +245,8 @@ template <class T>
 void quantize(const CudaQuantize& a, void* stream) {
   const bool is_aligned = aligned(a.x, sizeof(T)) && aligned(a.out) && (a.rows == 1 || a.n % kAtOnce == 0);
   const int64_t parts = a.rows * ((a.n + kAtOnce - 1) / kAtOnce);
-  launch_early(quantize_rows<T>, (parts + kThreads - 1) / kThreads, kThreads, stream, a, is_aligned);
+  // In rows of 1024: many may lie in one.
+  launch_rows(a.rows * a.n / 1024, quantize_rows<T>, (parts + kThreads - 1) / kThreads, kThreads, stream, a, is_aligned);
 }
 
 template void norm<float>(const CudaNorm&, void*);
