@@ -14,13 +14,14 @@ measured rate of a copy. Exit code 1: an error above --most; a goal that is not 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,22 @@ import torch
 from cuda_kernels import versions
 
 from kpdeploy.decision import Applied
+from kpdeploy.errors import ExportFailed
 from kpdeploy.export import cuda as graphs
 from kpdeploy.export.capture import Capture, settle_axes
 from kpdeploy.inputs import sample
+from kpdeploy.load import Request
 from kpdeploy.load.factory import from_module
 from kpdeploy.load.flat import Flat
 from kpdeploy.ops import register
+from kpdeploy.ops.libraries import TORCH, find
 from kpdeploy.optimize import fuse
 from kpdeploy.optimize.lowered import lowered
 from kpdeploy.runtimes import cuda
 
 ROUNDS = 7
 REPLAYS = 20
+PEER = "torch.compile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,26 +177,37 @@ def profiled(replay: Callable[[], Any]) -> list[tuple[float, int, str]]:
     return sorted(events, reverse=True)[:16]
 
 
-def compiled(
-    module: torch.nn.Module, arrays: Mapping[str, Any]
-) -> tuple[Callable[[], Any], Callable[[], torch.Tensor]]:
-    """torch.compile's best of a module in bfloat16, in a CUDA graph: its replay, and its output."""
-    import copy
+@dataclass
+class Compiled:
+    """torch.compile's best of a module in bfloat16, in a CUDA graph for each size."""
 
-    half = copy.deepcopy(module).to("cuda", torch.bfloat16).eval()
-    tensors = [torch.from_numpy(a).cuda() for a in arrays.values()]
-    tensors = [t.bfloat16() if t.is_floating_point() else t for t in tensors]
-    torch._dynamo.reset()
-    best = torch.compile(half, mode="max-autotune-no-cudagraphs", fullgraph=True)
-    stream = torch.cuda.Stream()
-    with torch.no_grad(), torch.cuda.stream(stream):
-        for _ in range(3):
-            best(*tensors)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
-        out = best(*tensors)
-    return graph.replay, lambda: out
+    module: torch.nn.Module
+    made: dict[tuple[int, ...], tuple[Any, list[torch.Tensor], torch.Tensor]]
+
+    def at(self, arrays: Mapping[str, Any]) -> tuple[Callable[[], Any], torch.Tensor]:
+        """Its replay on these inputs, and the tensor that holds the answer after one."""
+        tensors = [torch.from_numpy(a).cuda() for a in arrays.values()]
+        tensors = [t.bfloat16() if t.is_floating_point() else t for t in tensors]
+        sizes = tuple(tensors[0].shape)
+        if sizes not in self.made:
+            self.made[sizes] = self._captured(tensors)
+        graph, inputs, out = self.made[sizes]
+        for own, given in zip(inputs, tensors, strict=True):
+            own.copy_(given)
+        return graph.replay, out
+
+    def _captured(self, tensors: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+        torch._dynamo.reset()
+        best = torch.compile(self.module, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+        stream = torch.cuda.Stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                best(*tensors)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph, stream=stream):
+            out = best(*tensors)
+        return graph, tensors, out
 
 
 def ceilings() -> dict[str, float]:
@@ -216,116 +232,124 @@ def floor_us(module: torch.nn.Module, work: Work, top: Mapping[str, float]) -> f
     return max(operations / top["bf16_tflops"] / 1e6, weights / top["copy_gbs"] / 1e3)
 
 
-def programs(model: Any, precision: str, folder: Path, works: Sequence[Work], samples: Sequence[Any]) -> Any:
-    """The program in one precision, loaded with a bucket for each row and no others."""
+def fused_of(model: Any, folder: Path) -> Capture:
     fused = fuse(model)
     print("  ", "; ".join(d.what for d in fused.decisions if isinstance(d, Applied)), flush=True)
     again = replace(model, kind="module", module=Flat(fused.module, None), program=None, decisions=())
-    capture = Capture(settle_axes(again, stated=True), folder)
+    return Capture(settle_axes(again, stated=True), folder)
+
+
+def programs(capture: Capture, precision: str, works: Sequence[Work], samples: Sequence[Any]) -> dict[bool, Any]:
+    """The program in one precision, with padding and without where a row asks for it, loaded with the buckets of the
+    rows' sizes and no others."""
     loaded = {}
-    masked = [s.name for s in model.signature.inputs if s.values is not None and s.values.kind == "prefix_mask"]
+    axes = tuple(a.name for a in capture.signature.axes)
+    library = str(find(TORCH))
     for dropped in sorted({work.tokens < 1 for work in works}):
-        inner = folder / f"{precision}-{dropped}"
+        inner = capture.folder / f"{precision}-{dropped}"
         inner.mkdir()
-        padded = tuple(a.name for a in model.signature.axes) if masked else ("batch",)
-        form = graphs.Form(precision=precision, dropped=dropped, padded=padded)
+        form = graphs.Form(precision=precision, dropped=dropped, padded=axes)
         began = time.perf_counter()
         made = lowered(capture.program, bits=precision, dropped=dropped, device="cuda", samples=samples, budget=1.0)
         graphs.export(capture, inner, form, module=made.module)
         print("  ", precision, [d.what for d in made.decisions], f"{time.perf_counter() - began:.0f} s", flush=True)
         described = json.loads((inner / graphs.GRAPHS).read_text())
-        described["buckets"] = [bucket(work) for work in works if (work.tokens < 1) == dropped]
+        asked = [work.sizes for work in works if (work.tokens < 1) == dropped]
+        described["buckets"] = [b for b in described["buckets"] if {a: b[a] for a in axes} in asked]
         (inner / graphs.GRAPHS).write_text(json.dumps(described))
-        loaded[dropped] = cuda.load(str(inner / graphs.FILENAME), inputs=(), outputs=(), settings={})
+        settings = {"op_libraries": [library]}
+        loaded[dropped] = cuda.load(str(inner / graphs.FILENAME), inputs=(), outputs=(), settings=settings)
     return loaded
 
 
-def bucket(work: Work) -> dict[str, int]:
-    if work.tokens >= 1:
-        return dict(work.sizes)
-    places = int(np.prod(list(work.sizes.values())))
-    return {**work.sizes, "tokens": places * 5 // 8}
+def error_of(answer: Any, expected: Any) -> float:
+    return float(np.linalg.norm(np.asarray(answer, np.float64) - expected) / np.linalg.norm(expected))
 
 
-def measured(
-    name: str, works: Sequence[Work], precisions: Sequence[str], top: Mapping[str, float], *, peer: bool, profile: bool
-) -> list[dict[str, Any]]:
+def whole_us(graph: Any, arrays: Mapping[str, Any]) -> float:
+    """Of a call from NumPy to NumPy."""
+    taken = []
+    for _ in range(30):
+        start = time.perf_counter()
+        graph(list(arrays.values()))
+        taken.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(taken)
+
+
+def replay_of(graph: Any, arrays: Mapping[str, Any]) -> Callable[[], Any]:
+    """The replay of the graph in which a request runs: the request itself ran just before."""
+    sizes = cuda.sizes_of(list(arrays.values()), graph.described["inputs"])
+    if graph.described["mask"] is not None:
+        sizes["tokens"] = int(list(arrays.values())[graph.described["mask"]].sum())
+    index = cuda.smallest(graph.buckets, sizes, graph.padded)
+    assert index is not None
+    replay: Callable[[], Any] = graph.captured[index].graph.replay
+    return replay
+
+
+def row_of(
+    work: Work, arrays: Mapping[str, Any], module: torch.nn.Module, run: Mapping[str, Any], peer: Compiled | None
+) -> tuple[dict[str, Any], dict[str, Callable[[], Any]]]:
+    """A row without its times, and what is to be timed."""
+    with torch.no_grad():
+        expected = module(*(torch.from_numpy(a).cuda() for a in arrays.values())).double().cpu().numpy()
+    replays: dict[str, Callable[[], Any]] = {}
+    row: dict[str, Any] = {"work": work.name, "error": {}, "whole_us": {}, "goal": {}}
+    for precision, loaded in run.items():
+        graph = loaded[work.tokens < 1]
+        row["error"][precision] = error_of(graph(list(arrays.values()))[0], expected)
+        row["whole_us"][precision] = whole_us(graph, arrays)
+        row["goal"][precision] = work.goals.get(precision)
+        replays[precision] = replay_of(graph, arrays)
+    if peer is not None:
+        replay, out = peer.at(arrays)
+        replay()
+        row["error"][PEER] = error_of(out.double().cpu(), expected)
+        replays[PEER] = replay
+    return row, replays
+
+
+def measured(name: str, options: argparse.Namespace, top: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     factory, texts = MODELS[name]
+    works = [work for work in WORKS if work.model == name]
     torch.manual_seed(0)
     module = factory().eval()
-    from kpdeploy.load import Request
-
     request = Request(inputs=texts, example=None, task=None, name=name, max_batch=32)
     model = settle_axes(from_module(module, None, request, name=name, source={}), stated=True)
     rng = np.random.default_rng()
-    samples = [
-        sample(
-            model.signature, {a.name: min(a.max, 4 if a.name == "batch" else 128) for a in model.signature.axes}, rng
-        )
-        for _ in range(4)
-    ]
-    rows = []
+    few = {a.name: min(a.max, 4 if a.name == "batch" else 128) for a in model.signature.axes}
+    samples = [sample(model.signature, few, rng) for _ in range(4)]
     with tempfile.TemporaryDirectory() as folder:
+        capture = fused_of(model, Path(folder))
         run = {}
-        for precision in precisions:
-            (place := Path(folder) / precision).mkdir()
+        for precision in options.levels:
             try:
-                run[precision] = programs(model, precision, place, works, samples)
-            except Exception as error:
-                print(
-                    f"   {precision}: {type(error).__name__} {str(error)[:300]} {getattr(error, 'why', '')[:600]}",
-                    flush=True,
-                )
+                run[precision] = programs(capture, precision, works, samples)
+            except ExportFailed as error:
+                print(f"   {precision}: {error}", flush=True)
         module = module.cuda()
+        peer = None if options.no_peer else Compiled(copy.deepcopy(module).bfloat16(), {})
         for work in works:
             arrays = inputs_of(work, model.signature, rng)
-            tensors = [torch.from_numpy(a).cuda() for a in arrays.values()]
-            with torch.no_grad():
-                expected = module(*tensors).double().cpu().numpy()
-            replays: dict[str, Callable[[], Any]] = {}
-            row: dict[str, Any] = {
-                "work": work.name,
-                "floor_us": floor_us(module, work, top),
-                "error": {},
-                "whole_us": {},
-            }
-            for precision, loaded in run.items():
-                graph = loaded[work.tokens < 1]
-                answer = np.asarray(graph(list(arrays.values()))[0], np.float64)
-                row["error"][precision] = float(np.linalg.norm(answer - expected) / np.linalg.norm(expected))
-                index = cuda.smallest(graph.buckets, bucket(work), ())
-                replays[precision] = graph.captured[index].graph.replay
-                whole = []
-                for _ in range(30):
-                    start = time.perf_counter()
-                    graph(list(arrays.values()))
-                    whole.append((time.perf_counter() - start) * 1e6)
-                row["whole_us"][precision] = statistics.median(whole)
-            if peer:
-                replays["torch.compile"], out = compiled(module.cpu(), arrays)
-                replays["torch.compile"]()
-                row["error"]["torch.compile"] = float(
-                    np.linalg.norm(out().double().cpu().numpy() - expected) / np.linalg.norm(expected)
-                )
-                module.cuda()
+            row, replays = row_of(work, arrays, module, run, peer)
+            row["floor_us"] = floor_us(module, work, top)
             row["us"] = timed(replays)
-            for precision, replay in replays.items() if profile else ():
+            row["ratio"] = {p: row["us"][PEER] / row["us"][p] for p in run} if peer else {}
+            print(" ", json.dumps(row), flush=True)
+            for precision, replay in replays.items() if options.profile else ():
                 found = [f"    {us:9.1f} {n:4d} {name}" for us, n, name in profiled(replay)]
                 print(f"   {work.name} {precision}", *found, sep="\n", flush=True)
-            row["ratio"] = {p: row["us"]["torch.compile"] / row["us"][p] for p in run} if peer else {}
-            row["goal"] = {p: work.goals.get(p) for p in run}
-            print(" ", json.dumps(row), flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="*", choices=tuple(MODELS), default=tuple(MODELS))
-    parser.add_argument("--levels", nargs="*", default=("float16", "bfloat16", "fp8"))
+    parser.add_argument("--levels", nargs="*", default=("bfloat16", "fp8"))
     parser.add_argument("--no-peer", action="store_true", help="ours alone")
     parser.add_argument("--profile", action="store_true", help="print the longest kernels of each row")
+    parser.add_argument("--built-with", default="", help="the compilers that made the library, for the JSON")
     parser.add_argument("--most", type=float, default=5e-2)
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -334,11 +358,11 @@ def main() -> None:
     print(top, flush=True)
     rows = []
     for name in options.only:
-        works = [work for work in WORKS if work.model == name]
-        rows += measured(name, works, options.levels, top, peer=not options.no_peer, profile=options.profile)
-        if options.json:
-            found = {"device": torch.cuda.get_device_name(), "versions": versions(""), "ceilings": top, "rows": rows}
-            options.json.write_text(json.dumps(found, indent=2) + "\n")
+        for row in measured(name, options, top):
+            rows.append(row)
+            if options.json:
+                found = {"versions": versions(options.built_with), "ceilings": top, "rows": rows}
+                options.json.write_text(json.dumps(found, indent=2) + "\n")
     sys.exit(any(error > options.most for row in rows for p, error in row["error"].items() if p != "fp8"))
 
 

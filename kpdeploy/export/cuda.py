@@ -26,11 +26,9 @@ GRAPHS = "graphs.json"
 LENGTHS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 """Sizes of a bucket along an axis that is no batch."""
 
-SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
-"""Of a batch's places that are tokens, in buckets of a program that drops padding."""
-
-MANY = 1024
-"""A batch of fewer places has one bucket for half of them, and one for all."""
+STEPS = ((4096, 16), (1024, 8), (0, 2))
+"""Batches of so many places have buckets for each of so many parts of them, of a quarter at least, where padding is
+dropped: what a bucket holds more than a request is computed for nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +126,8 @@ def _token_counts(point: Point, lead: str) -> list[int]:
     if point[lead] == 1:
         # One row is as long as its bucket, or fits a shorter one.
         return [places]
-    shares = SHARES if places >= MANY else (1 / 2, 1)
-    return sorted({max(1, math.ceil(places * share)) for share in shares})
+    parts = next(parts for least, parts in STEPS if places >= least)
+    return sorted({max(1, math.ceil(places * part / parts)) for part in range(max(1, parts // 4), parts + 1)})
 
 
 def told(form: Form) -> Decision:

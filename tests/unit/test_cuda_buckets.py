@@ -26,7 +26,8 @@ def test_without_padding_a_row_alone_has_one_bucket_a_length_and_batches_have_sh
         tokens[b["batch"], b["seq"]].append(b["tokens"])
     assert tokens[1, 128] == [128]
     assert tokens[2, 64] == [64, 128]
-    assert tokens[32, 512] == [4096, 6144, 8192, 10240, 12288, 14336, 16384]
+    assert tokens[8, 128] == [256, 384, 512, 640, 768, 896, 1024]
+    assert tokens[32, 512] == list(range(4096, 16385, 1024))
 
 
 def test_a_fixed_model_has_one_bucket() -> None:
