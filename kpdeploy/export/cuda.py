@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kpdeploy.decision import Applied, Decision
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import lead_axis
+from kpdeploy.ops import NAMESPACE
 from kpdeploy.ops.packed_attention import PLACES
 from kpdeploy.signature import Axis, Point, Signature, TensorSpec, Values
 
@@ -61,7 +62,17 @@ def export(capture: Capture, folder: Path, form: Form = Form(), *, module: Any =
     except Exception as error:
         why = reason(error)
         raise ExportFailed(f"{capture.model.name} cannot be written in {form.precision}", why=why) from None
-    (folder / GRAPHS).write_text(json.dumps(described(capture.signature, form, device)))
+    constant = module is not None and all(map(_weights_are_held, module.graph.nodes))
+    (folder / GRAPHS).write_text(json.dumps({**described(capture.signature, form, device), "constant": constant}))
+
+
+def _weights_are_held(node: Any) -> bool:
+    """Is what a fused op takes for a weight, a bias or a scale a tensor of the program, and no result of it?"""
+    if getattr(node.target, "namespace", "") != NAMESPACE:
+        return True
+    named = zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False)
+    weights = [a for name, a in named if name.endswith(("weight", "bias", "scale")) and hasattr(a, "op")]
+    return all(weight.op == "get_attr" for weight in weights)
 
 
 def _program(capture: Capture, module: GraphModule, *, dropped: bool) -> torch.export.ExportedProgram:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.optimize import fp8, pack, precision
+from kpdeploy.optimize.graph import sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ def lowered(
     module: GraphModule = copy.deepcopy(program.module(check_guards=False))
     found = Lowered(module=module)
     with torch.no_grad():
+        _fold(module)
         # With its index: torch.export tells "cuda" from "cuda:0".
         precision.place(module, torch.empty(0, device=device).device)
         if bits != "float32":
@@ -50,3 +53,22 @@ def lowered(
         if dropped and isinstance(told := pack.pack(module, given=True), Skipped):
             raise ExportFailed("padding cannot be dropped", why=told.reason)
     return found
+
+
+def _fold(module: GraphModule) -> None:
+    """What a graph computes of weights alone is computed now: once, and a constant to the kernels."""
+    for node in list(module.graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.is_impure():
+            continue
+        makers = node.all_input_nodes
+        if makers and all(maker.op == "get_attr" for maker in makers):
+            held = {maker: operator.attrgetter(str(maker.target))(module).detach() for maker in makers}
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+            value = node.target(*args, **kwargs)
+            if isinstance(value, torch.Tensor):
+                module.register_buffer(f"folded_{node.name}", value)
+                with module.graph.inserting_before(node):
+                    made = module.graph.get_attr(f"folded_{node.name}")
+                made.meta["val"] = node.meta.get("val", value)
+                node.replace_all_uses_with(made)
+    sweep(module)

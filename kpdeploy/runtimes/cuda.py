@@ -9,6 +9,7 @@ bucket holds runs without a graph, and `run.missed` counts it. `graphs.json` bes
     mask      the index of the input that tells tokens from padding, of a program that drops padding; null: it does not.
               Such a program takes three inputs more: the places of the tokens in the batch, the same with one behind
               the batch where a bucket has more tokens, and where each row's tokens begin
+    constant  whether all weights are tensors that the program holds, and nothing that it computes
     buckets   {"batch": 8, "seq": 128, "tokens": 512} each; `tokens` only where padding is dropped
 
 Settings: `op_libraries` (paths), `device_index` (which GPU; 0). Arrays may be NumPy's, or tensors on the GPU: the
@@ -51,7 +52,7 @@ def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: 
             raise
         why = "the model calls fused ops, whose kernels are in libkpdeploy_torch.so"
         raise RuntimeError(f"{why}: load that first (op_libraries, torch.ops.load_library or LD_PRELOAD)") from None
-    with _constant_weights(settings.get("op_libraries", ())):
+    with _constant_weights(settings.get("op_libraries", ()) if described["constant"] else ()):
         return Graphs(program, described)
 
 

@@ -55,7 +55,7 @@ class TritonPythonModel:
         artifact = json.loads((here / "artifact.json").read_text())
         settings = artifact["settings"]
         settings["op_libraries"] = [str(here / library) for library in settings.get("op_libraries", ())]
-        if args["model_instance_kind"] == "GPU":
+        if args.get("model_instance_kind") == "GPU":
             settings["device_index"] = int(args["model_instance_device_id"])
         self.ragged = load_beside("ragged")
         self.inputs: list[str] = artifact["inputs"]
