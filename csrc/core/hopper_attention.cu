@@ -590,8 +590,9 @@ __device__ void attend_all(const Call& a, const Memory<F>& m) {
     group_sync(kGroupBarrier + group, 128);
   };
   const auto clear_beyond = [&](const Tile& tile) {
+    if (!a.offsets) return;  // beyond the end of a tensor there are zeros
     const int left = tile.queries - tile.first - group * kRows;
-    if (left >= kRows || !a.offsets) return;  // beyond the end of a tensor there are zeros
+    if (left >= kRows) return;
     clear_queries<F>(m.query_of(own.stage, group), left, thread, 128);
     group_sync(kGroupBarrier + group, 128);
   };
