@@ -37,7 +37,7 @@ from kpdeploy.inputs import Tensors, middle_point, sample
 from kpdeploy.progress import Progress
 from kpdeploy.serving import serve
 from kpdeploy.serving.repository import find_deployment
-from kpdeploy.serving.torchserve.archive import archive_name
+from kpdeploy.serving.torchserve.archive import archive_name, unpack_artifact
 from kpdeploy.serving.torchserve.environment import ensure_environment
 from kpdeploy.serving.torchserve.server import running_archives
 from kpdeploy.serving.triton.repository import publish
@@ -87,11 +87,7 @@ def requests_of(manifest: Manifest, seq: int) -> list[Tensors]:
 def unpacked(deployment: Deployment, folder: Path) -> Path:
     """The artifact's files of a version, and its baseline."""
     place = Path(deployment.folder)
-    with zipfile.ZipFile(place / archive_name(deployment.model)) as archive:
-        archive.extractall(folder)
-    for name in ("handler.py", "model.json", "model-config.yaml", "MAR-INF/MANIFEST.json"):
-        (folder / name).unlink()
-    (folder / "MAR-INF").rmdir()
+    unpack_artifact(place / archive_name(deployment.model), folder)
     for name in (GOLDEN, BASELINE):
         (folder / name).write_bytes((place / name).read_bytes())
     return folder

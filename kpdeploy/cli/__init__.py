@@ -20,6 +20,7 @@ COMMANDS = {
     "check": "Is this version slower or wrong, beside an earlier one? A gate for CI.",
     "history": "Show how a model's figures changed, and when.",
     "rollout": "Try a version beside the one in service; promote it, or roll back.",
+    "rollback": "Serve an earlier version again, at once.",
     "migrate": "Move a TorchServe archive (.mar) to Triton, and say what it leaves behind.",
     "monitor": "Watch a served model: probe, Prometheus rules, dashboard, or all of it on this machine.",
     "ops": "List the fused ops and who runs them; explain a choice, validate the kernels.",

@@ -17,6 +17,7 @@ from kpdeploy.baseline import BUCKETS_SECONDS, Windows
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, UnknownName
 from kpdeploy.monitoring import metrics
+from kpdeploy.monitoring.counters import BY, counters_of
 from kpdeploy.monitoring.served import ServedBaseline, quantile
 
 RUNBOOK = "docs/runbook.md"
@@ -34,8 +35,6 @@ SLOW_Z = 4.0
 SLOW_WINDOWS = 30
 AUTOCORRELATION = 0.7
 """Of neighbouring windows' medians on real machines: n windows tell as much as n (1 - ρ) / (1 + ρ) independent ones."""
-
-BY = "model, version"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,17 +344,15 @@ def _availability(model: Watched, intervals: Intervals) -> Iterator[Alert]:
         causes="see the reason in kpdeploy_probe_errors_total; the model, its version, its process, or overload",
         command=f"kpdeploy verify {repo} --url HOST:PORT",
     )  # fmt: skip
-    user = f'model="{model.deployment.model}"'
-    failed = f'rate(nv_inference_request_failure{{{user},reason!="CANCELED"}}[5m])'
+    count = counters_of(model.deployment)
     yield _alert(
         model, "KpdeployTrafficErrors",
-        f"sum by (model) ({failed}) / (sum by (model) ({failed}) + "
-        f"sum by (model) (rate(nv_inference_request_success{{{user}}}[5m]))) > 0.05",
+        f"{count.failed('5m')} / ({count.failed('5m')} + {count.answered('5m')}) > 0.05",
         hold=60, severity="page",
         summary=f"{model.deployment.model}: more than 5 % of all requests fail",
-        meaning="Triton's own counters: requests of any client fail, over five minutes.",
+        meaning=f"{count.whose}: requests of any client fail, over five minutes.",
         causes="clients that send invalid inputs; a crash; a dependency of the model",
-        command="curl -s HOST:8002/metrics | grep nv_inference_request_failure; read the server's log",
+        command=f"{count.where}; read the server's log",
     )  # fmt: skip
 
 
@@ -454,22 +451,18 @@ def _slow(model: Watched, causes: str) -> Alert:
 
 
 def _server(model: Watched) -> Iterator[Alert]:
-    m = f'model="{model.deployment.model}",version="{model.deployment.version}"'
-    queue, whole = (f"sum by ({BY}) (rate(nv_inference_{n}_duration_us{{{m}}}[5m]))" for n in ("queue", "request"))
-    busy = f"sum by ({BY}) (rate(nv_inference_request_success{{{m}}}[5m])) > 5"
+    count = counters_of(model.deployment)
     yield _alert(
-        model, "KpdeployQueueing", f"({queue} / {whole} > 0.5) and {busy}", hold=600, severity="ticket",
+        model, "KpdeployQueueing",
+        f"({count.queue('5m')} / {count.whole('5m')} > 0.5) and {count.requests('5m')} > 5",
+        hold=600, severity="ticket",
         summary=f"{model.name}: requests wait longer than they run",
         meaning="More than half of the time in the server goes by in the queue, for ten minutes: it is full.",
         causes="more traffic than one instance takes; batches that do not form; a too long queue delay",
         command=f"kpdeploy bench HOST:PORT --model {model.deployment.model} --mode open; add instances or machines",
     )  # fmt: skip
-    now, usual = (
-        f"sum by ({BY}) (rate(nv_inference_count{{{m}}}[{w}])) / "
-        f"sum by ({BY}) (rate(nv_inference_exec_count{{{m}}}[{w}]))"
-        for w in ("10m", "6h")
-    )
-    rate_now, rate_usual = (f"sum by ({BY}) (rate(nv_inference_count{{{m}}}[{w}]))" for w in ("10m", "6h"))
+    rate_now, rate_usual = (count.rows(w) for w in ("10m", "6h"))
+    now, usual = (f"{count.rows(w)} / {count.calls(w)}" for w in ("10m", "6h"))
     yield _alert(
         model, "KpdeployBatchCollapsed",
         f"({now} < 0.5 * ({usual})) and ({usual} > 2) and ({rate_now} > 0.8 * {rate_usual})",

@@ -109,19 +109,43 @@ def _latency(model: str, points: Sequence[str]) -> tuple[PanelQuery, ...]:
 
 
 def _server() -> tuple[PanelQuery, ...]:
+    """By the counters of Triton, and by those of TorchServe: of the two that is not there the lines are empty."""
+
     def rate(name: str) -> str:
         return f"sum by (model, version) (rate(nv_inference_{name}{MODEL}[1m]))"
 
+    def ts(name: str, label: str = "model_name") -> str:
+        return f'sum by ({label}) (rate({name}{{{label}=~"$model"}}[1m]))'
+
+    named = "{{model_name}}"
+    queue, run = ts("ts_queue_latency_microseconds"), ts("ts_inference_latency_microseconds")
+    rows, calls = (ts(f"kpdeploy_batch_rows_{kind}", "ModelName") for kind in ("sum", "count"))
     return (
-        PanelQuery(title="Requests of all clients", unit="reqps", queries=(("{{model}}", rate("request_success")),)),
-        PanelQuery(title="Those that failed", unit="reqps", queries=(("{{model}}", rate("request_failure")),)),
         PanelQuery(
-            title="Batch size", unit="short", queries=(("{{model}}", f"{rate('count')} / {rate('exec_count')}"),)
+            title="Requests of all clients",
+            unit="reqps",
+            queries=(("{{model}}", rate("request_success")), (named, ts("ts_inference_requests_total"))),
+        ),
+        PanelQuery(
+            title="Those that failed",
+            unit="reqps",
+            queries=(("{{model}}", rate("request_failure")), ("TorchServe", "sum(rate(Requests5XX[1m]))")),
+        ),
+        PanelQuery(
+            title="Batch size",
+            unit="short",
+            queries=(
+                ("{{model}}", f"{rate('count')} / {rate('exec_count')}"),
+                ("{{ModelName}}", f"{rows} / {calls}"),
+            ),
         ),
         PanelQuery(
             title="Queue's share of the time in the server",
             unit="percentunit",
-            queries=(("{{model}}", f"{rate('queue_duration_us')} / {rate('request_duration_us')}"),),
+            queries=(
+                ("{{model}}", f"{rate('queue_duration_us')} / {rate('request_duration_us')}"),
+                (named, f"{queue} / ({queue} + {run})"),
+            ),
         ),
         PanelQuery(
             title="Memory",

@@ -24,6 +24,7 @@ from kpdeploy.inputs import Tensors, middle_point, sample
 from kpdeploy.monitoring.regression import Criteria, Judgement, judge_pairs
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import Client, replay
+from kpdeploy.signature import BYTES
 
 STATE = "rollout.json"
 SCHEMA = 1
@@ -109,7 +110,7 @@ def try_out(
     """
     if wrong := _wrong_answers(client, new):
         return Decision(promote=False, why=wrong)
-    request = sample(old.manifest.signature, middle_point(old.manifest.signature, batch=1), np.random.default_rng(0))
+    request = _request(old)
     calls = _calls(client, old, request)
     start = time.monotonic()
     first = max(trial.blocks, default=-1) + 1
@@ -129,6 +130,14 @@ def try_out(
     if wrong := _wrong_answers(client, new):
         return Decision(promote=False, why=wrong)
     return decision
+
+
+def _request(deployment: Deployment) -> Tensors:
+    """A usual request; of a model that takes files or texts a golden one."""
+    signature = deployment.manifest.signature
+    if any(spec.dtype == BYTES for spec in signature.inputs):
+        return Baseline.read(Path(deployment.folder)).exchanges[0].inputs
+    return sample(signature, middle_point(signature, batch=1), np.random.default_rng(0))
 
 
 def _wrong_answers(client: Client, new: Deployment) -> str:

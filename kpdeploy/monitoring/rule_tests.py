@@ -130,14 +130,32 @@ def _harms(model: Watched, intervals: Intervals, slo: Slo) -> dict[str, Series]:
         "KpdeploySloAvailabilityPage": {metrics.ERRORS.name + _labels(model, reason="timeout"): all_fail},
         "KpdeploySloAvailabilityTicket": {metrics.WRONG.name + _labels(model): all_fail},
         "KpdeploySloLatencyPage": _latencies(model, steps, 1e9, slo),
+        **_counted(model, steps),
+        "KpdeployLatencyRegressed": _latencies(model, steps, 2 * model.ratio, slo),
+    }
+
+
+def _counted(model: Watched, steps: int) -> dict[str, Series]:
+    """Harms that the server's own counters show (see kpdeploy.monitoring.counters)."""
+    hundred = f"0+100x{steps}"
+    if model.deployment.manifest.target == "torchserve":
+        labels = f'{{model_name="{model.deployment.model}",model_version="default"}}'
+        return {
+            "KpdeployQueueing": {
+                f"ts_queue_latency_microseconds{labels}": f"0+900x{steps}",
+                f"ts_inference_latency_microseconds{labels}": hundred,
+                f"ts_inference_requests_total{labels}": hundred,
+            },
+            "KpdeployTrafficErrors": {'Requests2XX{Level="Host"}': hundred, 'Requests5XX{Level="Host"}': hundred},
+        }
+    return {
         "KpdeployQueueing": {
             "nv_inference_queue_duration_us" + _labels(model): f"0+900x{steps}",
             "nv_inference_request_duration_us" + _labels(model): f"0+1000x{steps}",
-            "nv_inference_request_success" + _labels(model): f"0+100x{steps}",
+            "nv_inference_request_success" + _labels(model): hundred,
         },
         "KpdeployTrafficErrors": {
-            "nv_inference_request_success" + _labels(model): f"0+100x{steps}",
-            "nv_inference_request_failure" + _labels(model, reason="BACKEND"): f"0+100x{steps}",
+            "nv_inference_request_success" + _labels(model): hundred,
+            "nv_inference_request_failure" + _labels(model, reason="BACKEND"): hundred,
         },
-        "KpdeployLatencyRegressed": _latencies(model, steps, 2 * model.ratio, slo),
     }

@@ -14,6 +14,7 @@ from kpdeploy.monitoring.check import CheckReport, Reference, Side, check_agains
 from kpdeploy.monitoring.history import open_history, record
 from kpdeploy.monitoring.regression import Criteria
 from kpdeploy.progress import Progress
+from kpdeploy.runtimes import RUNTIMES
 from kpdeploy.signature import Point
 
 
@@ -62,11 +63,16 @@ def _at_version(text: str) -> tuple[str, int | None]:
 
 
 def _side(held: ExitStack, repo: str, version: int | None, model: str | None) -> Side:
-    from kpdeploy.serving.repository import find_version, local_files
+    from kpdeploy.serving.repository import artifact_files, find_version
 
     deployment = find_version(repo, model, version)
-    folder = held.enter_context(local_files(deployment))
-    deployment.manifest.check_files(folder)
+    if deployment.manifest.format not in RUNTIMES:
+        raise NothingToCompare(
+            f"{deployment.model} is no model that can be run here",
+            why="it is a handler, which runs in its server, in front of another model",
+            next_step=f"check {deployment.manifest.source.get('model', 'that model')}; time it with kpdeploy bench",
+        )
+    folder = held.enter_context(artifact_files(deployment))
     name = f"{deployment.model} {repo.rstrip('/')}@{deployment.version}"
     return Side(name=name, folder=folder, manifest=deployment.manifest, baseline=Baseline.read(folder))
 

@@ -13,7 +13,7 @@ from kpdeploy.artifact import Manifest
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ModelUnsafe, OutputUnusable
 from kpdeploy.inputs import Array
-from kpdeploy.serving.triton.handler import KINDS, Kind, Vocabulary, settings_of, write_handler
+from kpdeploy.serving.triton.handler import KINDS, Vocabulary, settings_of, write_handler
 from kpdeploy.signature import Signature
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from kpdeploy.load.archive import Archive
 
-IMAGE = (3, 224, 224)
+IMAGE = (1, 3, 224, 224)
 SIZES = ((320, 260), (224, 301), (256, 256))
 """Width and height of made-up images: both orders, and one that is not resized."""
 
@@ -41,7 +41,8 @@ def vocabulary_of(archive: Archive) -> tuple[Vocabulary | None, str]:
         ids, unknown = read_vocabulary(archive.folder / VOCABULARY)
     except ModelUnsafe as error:
         return None, f"{error.in_a_line}; {error.next_step}"
-    return Vocabulary(ids=ids, unknown=unknown), ""
+    vocabulary = Vocabulary(ids=ids, unknown=unknown)
+    return (vocabulary, "") if _words(vocabulary) else (None, f"no token of {VOCABULARY} is a word")
 
 
 def write_handler_of(
@@ -59,7 +60,7 @@ def write_handler_of(
     if not why_not:
         try:
             settings = settings_of(kind, packaged, labels=archive.labels, vocabulary=vocabulary)
-            handler = write_handler(kind, packaged, settings, golden_bodies(kind, vocabulary), _scores(model), files)
+            handler = write_handler(kind, packaged, settings, golden_bodies(vocabulary), _scores(model), files)
             return handler, Applied(what=DONE[kind.name], detail=f"the model {handler.model}, for {kind.suffix}s")
         except OutputUnusable as error:
             why_not = error.in_a_line
@@ -73,16 +74,21 @@ def _other_size(signature: Signature) -> str:
         return dim == size if isinstance(dim, int) else signature.axis(dim).min <= size <= signature.axis(dim).max
 
     (spec, *more) = signature.inputs
-    if not more and len(spec.shape) == 4 and all(map(fits, spec.shape[1:], IMAGE)) and spec.dtype == "float32":
+    if not more and len(spec.shape) == 4 and all(map(fits, spec.shape, IMAGE)) and spec.dtype == "float32":
         return ""
     return f"it makes float32 {list(IMAGE)}, which this model does not take"
 
 
-def golden_bodies(kind: Kind, vocabulary: Vocabulary | None) -> list[bytes]:
+def golden_bodies(vocabulary: Vocabulary | None) -> Iterator[bytes]:
     """Made-up requests of a handler: PNG files, or texts of words that it knows."""
     if vocabulary is None:
-        return [png(width, height) for width, height in SIZES[:2]]
-    return list(_texts(vocabulary))
+        yield from (png(width, height) for width, height in SIZES[:2])
+        return
+    words = _words(vocabulary)
+    yield words[0].encode()
+    # Pairs of words are tokens too.
+    known = [" ".join(words[:12])] if vocabulary.unknown is not None else _pairs(vocabulary)
+    yield from (text.encode() for text in known[:1])
 
 
 def png(width: int, height: int, *, format: str = "PNG") -> bytes:
@@ -97,12 +103,14 @@ def png(width: int, height: int, *, format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def _texts(vocabulary: Vocabulary) -> Iterator[bytes]:
-    """Words whose pairs are known too, where other tokens have no id."""
-    words = [token for token in vocabulary.ids if token.isascii() and token.isalpha() and token.islower()]
-    pairs = [t for t in vocabulary.ids if t.count(" ") == 1 and set(t.split()) <= set(words)]
-    yield words[0].encode()
-    yield (" ".join(words[:12]) if vocabulary.unknown is not None else (pairs or words)[0]).encode()
+def _words(vocabulary: Vocabulary) -> list[str]:
+    """Tokens that stay what they are as a text."""
+    return [token for token in vocabulary.ids if token.isascii() and token.isalpha() and token.islower()]
+
+
+def _pairs(vocabulary: Vocabulary) -> list[str]:
+    words = set(_words(vocabulary))
+    return [token for token in vocabulary.ids if token.count(" ") == 1 and set(token.split()) <= words]
 
 
 def _scores(model: str | torch.nn.Module) -> Callable[[Array], Array]:

@@ -123,10 +123,10 @@ class _Both:
         limit = tolerance("float32", handler.tolerances)
         found = []
         for name, body in requests:
+            theirs = self._answer(name, body, BYTES)
             answer = self._triton.infer(handler, {handler.input_names[0]: of_bytes([body], (1,))})
             labels = [label.decode() for label in answer["labels"][0]]
             ours = dict(zip(labels, answer["probabilities"][0].tolist(), strict=True))
-            theirs = self._answer(name, body, BYTES)
             if not isinstance(theirs, dict) or theirs.keys() != ours.keys():
                 raise self._differ(name, "other labels", ours, theirs)
             arrays = [np.array([chances[label] for label in ours], np.float32) for chances in (ours, theirs)]
@@ -142,9 +142,9 @@ class _Both:
             form, requests = self._drawn(model)
         found = []
         for name, body, tensors in requests:
+            said = self._answer(name, body, JSON)
             answer = self._triton.infer(model, tensors)
             ours = np.concatenate([array.reshape(-1) for array in answer.values()]).astype(np.float64)
-            said = self._answer(name, body, JSON)
             theirs = np.array(list(numbers(said)), np.float64)
             if theirs.size != ours.size:
                 raise self._differ(name, f"{theirs.size} numbers and not {ours.size}", ours.tolist(), said)

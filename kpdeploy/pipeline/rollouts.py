@@ -85,6 +85,13 @@ def rollout(
     place = Path(_local_repository(local_path(repo)))
     model = model or _tried(place)
     new, old = find_version(str(place), model, to), find_version(str(place), model, against)
+    if new.manifest.target != "triton":
+        raise UnknownName(
+            f"{repo} is for {new.manifest.target}, which has no canaries here",
+            why="a rollout runs the new version as a model of its own, in a Triton repository",
+            next_step=f"serve with --poll: a version gets requests once its golden answers are right; then "
+            f"kpdeploy check {repo} --against {against}",
+        )
     same_model(new.manifest, old.manifest, f"version {to}", f"version {against}")
     state = place / new.model / STATE
     trial = Trial.read(state)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from kpdeploy.artifact import MANIFEST, Manifest
+from kpdeploy.artifact import BASELINE, GOLDEN, MANIFEST, Manifest
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken, UnknownName
 from kpdeploy.serving.storage import downloaded, local_path, names_in, open_storage
+from kpdeploy.serving.torchserve.archive import archive_name, unpack_artifact
 from kpdeploy.serving.torchserve.repository import committed as committed_archive
 from kpdeploy.serving.triton.repository import committed as committed_config
 
@@ -94,6 +97,26 @@ def find_version(repo: str, model: str | None, version: int | None) -> Deploymen
         )
     with downloaded(fs, f"{folder}/{version}", (MANIFEST,)) as copy:
         return Deployment(repository=current.repository, manifest=Manifest.read(copy))
+
+
+@contextmanager
+def artifact_files(deployment: Deployment) -> Iterator[Path]:
+    """A local folder with a version's artifact, as its runtime loads it, and its baseline.
+
+    Raises:
+        DigestMismatch: a file is not what was proven.
+    """
+    with local_files(deployment) as folder:
+        deployment.manifest.check_files(folder)
+        if deployment.manifest.target != "torchserve":
+            yield folder
+            return
+        with TemporaryDirectory(prefix="kpdeploy-") as unpacked:
+            place = Path(unpacked)
+            unpack_artifact(folder / archive_name(deployment.model), place)
+            for name in (GOLDEN, BASELINE):
+                shutil.copyfile(folder / name, place / name)
+            yield place
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from kpdeploy.errors import (
     RepositoryBroken,
     RepositoryBusy,
     RepositoryUnwritable,
+    UnknownName,
 )
 from kpdeploy.progress import Progress
 
@@ -30,6 +31,16 @@ LOCK_WAIT_S = 30.0
 def local_path(repo: str | os.PathLike[str]) -> str:
     """The repository as a plain path where it is one, else its URL."""
     return os.fspath(repo).removeprefix("file://")
+
+
+def check_pollable(repo: str | os.PathLike[str]) -> None:
+    """Raise UnknownName where new versions of a repository cannot be seen."""
+    if "://" in local_path(repo):
+        raise UnknownName(
+            f"{repo} cannot be polled for new versions",
+            why="only a folder can; a URL is fetched once",
+            next_step="leave --poll out, or sync the repository to a folder and serve that",
+        )
 
 
 def check_writable(repo: Path) -> None:

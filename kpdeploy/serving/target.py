@@ -29,6 +29,9 @@ class Package(Protocol):
     def publish(self, repo: str, manifest: Manifest, files: Path) -> Deployment:
         """Publish the files of one version as the model's next version."""
 
+    def rollback(self, repo: str, model: str, version: int) -> Deployment:
+        """Put a version in service that is in the repository already, once its digests are right."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:

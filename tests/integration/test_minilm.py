@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,14 +18,16 @@ import torch
 
 import kpdeploy
 from kpdeploy.compare import relative_error
+from kpdeploy.errors import ModelNotServed
 from kpdeploy.load.examples import minilm_folder
 from kpdeploy.load.huggingface import sentence_encoder
 from kpdeploy.serving.client import connect, connect_torchserve
 from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.target import TARGETS
 
-FORMS = [*((format, "never") for format in TARGETS["triton"].formats), ("onnx", "always"), ("torchscript", "always")]
-"""Each format as it is, and two with fused ops."""
+FUSED = [("onnx", "always"), ("torchscript", "always"), ("pt2", "always")]
+FORMS = [*((format, "never") for format in TARGETS["triton"].formats if format != "pt2"), *FUSED]
+"""Each format, and those that can with fused ops."""
 
 
 @pytest.fixture(scope="module")
@@ -55,15 +59,12 @@ def test_triton_gives_the_embeddings_of_eager_pytorch(format: str, fuse: str, se
             assert relative_error(answer, expected) <= 1e-5, (batch, seq)
 
 
-ARCHIVED = [("onnx", "always"), ("torchscript", "always"), ("pt2", "never")]
-
-
 @pytest.fixture(scope="module")
 def torchserve(served: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Any]]:
     """A model store of the same artifacts, and the TorchServe that serves it."""
     folder = tmp_path_factory.mktemp("torchserve")
     deployments = {d.model: d for d in read_repository(str(served[0]))}
-    for format, fuse in ARCHIVED:
+    for format, fuse in FUSED:
         deployment = deployments[f"minilm_{format}_{fuse}"]
         manifest = deployment.manifest
         files = folder / manifest.model
@@ -81,7 +82,7 @@ def torchserve(served: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("format", "fuse"), ARCHIVED)
+@pytest.mark.parametrize(("format", "fuse"), FUSED)
 def test_torchserve_gives_the_embeddings_of_eager_pytorch_alone_and_batched(
     format: str, fuse: str, torchserve: tuple[Path, Any]
 ) -> None:
@@ -99,10 +100,39 @@ def test_torchserve_gives_the_embeddings_of_eager_pytorch_alone_and_batched(
             expected = encoder(torch.from_numpy(ids), torch.from_numpy(mask))["embedding"].numpy()
         return relative_error(answer, expected)
 
+    def one_of_many(number: int) -> float:
+        """Every sixth request is wrong, and is refused alone."""
+        if number % 6:
+            return difference(1, 9 + number)
+        wrong = {"input_ids": np.full((1, 9), 10**6), "attention_mask": np.ones((1, 9), np.int64)}
+        with connect_torchserve(server.http, token=server.token) as client, pytest.raises(ModelNotServed) as caught:
+            client.infer(manifest, wrong)
+        assert "HTTP 400" in caught.value.why
+        return 0.0
+
     for batch, seq in ((1, 1), (1, 77), (5, 31), (32, 16)):
         assert difference(batch, seq) <= 1e-5, (batch, seq)
+    before = batches(server, manifest.model)
     with ThreadPoolExecutor(8) as threads:
-        assert max(threads.map(lambda number: difference(1, 9 + number), range(24))) <= 1e-5
+        assert max(threads.map(one_of_many, range(48))) <= 1e-5
+    # A server tells of an answer after it has left.
+    end = time.monotonic() + 30
+    while (found := batches(server, manifest.model))[1] - before[1] < 40 and time.monotonic() < end:
+        time.sleep(0.2)
+    assert found[1] - before[1] == 40
+    assert found[0] - before[0] < 40
+
+
+def batches(server: Any, model: str) -> tuple[float, float]:
+    """How many batches a model had, and their rows."""
+    request = urllib.request.Request(server.metrics, headers={"Authorization": f"Bearer {server.token}"})
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        lines = [line for line in reply.read().decode().splitlines() if f'ModelName="{model}"' in line]
+    calls, rows = (
+        sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"kpdeploy_batch_rows_{kind}"))
+        for kind in ("count", "sum")
+    )
+    return calls, rows
 
 
 def test_the_manifest_names_source_weights_versions_and_every_candidate(served: tuple[Path, str]) -> None:

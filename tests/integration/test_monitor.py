@@ -24,8 +24,8 @@ from kpdeploy.serving.triton import control
 MODEL = "watched"
 POINTS = ("batch=1", "batch=2")
 PATIENCE_SECONDS = 90
-# What a machine without a GPU cannot have, and what is there only once something failed.
-ABSENT = ("nv_gpu_", "kpdeploy_probe_errors_total")
+# What a machine without a GPU cannot have, what is there only once something failed, and what TorchServe counts.
+ABSENT = ("nv_gpu_", "kpdeploy_probe_errors_total", "ts_", "kpdeploy_batch_rows", "Requests5XX")
 
 
 @dataclass

@@ -41,8 +41,9 @@ def served(**changes: object) -> ServedBaseline:
     return replace(found, **changes)  # type: ignore[arg-type]
 
 
-def model() -> Watched:
-    return watched(DEPLOYMENT, (), (), served())
+def model(target: str = "triton") -> Watched:
+    deployment = replace(DEPLOYMENT, manifest=replace(DEPLOYMENT.manifest, target=target))
+    return watched(deployment, (), (), served())
 
 
 def test_buckets_tell_a_shift_of_a_quarter_apart() -> None:
@@ -58,11 +59,12 @@ def test_a_quantile_of_the_histogram_is_near_that_of_the_values() -> None:
 
 
 @NEEDS_PROMTOOL
-def test_promtool_accepts_the_rules_and_their_tests_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["triton", "torchserve"])
+def test_promtool_accepts_the_rules_and_their_tests_pass(target: str, tmp_path: Path) -> None:
     slo = Slo.parse("p99=50ms", 99.9)
     rules, tests = tmp_path / "rules.yml", tmp_path / "rules_test.yml"
-    rules.write_text(stack.to_yaml(rule_groups([model()], slo=slo, intervals=Intervals())))
-    cases = rule_test_file([model()], slo=slo, intervals=Intervals(), runbook="docs/runbook.md", rules=rules.name)
+    rules.write_text(stack.to_yaml(rule_groups([model(target)], slo=slo, intervals=Intervals())))
+    cases = rule_test_file([model(target)], slo=slo, intervals=Intervals(), runbook="docs/runbook.md", rules=rules.name)
     tests.write_text(stack.to_yaml(cases))
     stack.check_rules(rules)
     stack.run_rule_tests(tests)

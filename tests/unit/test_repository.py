@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -14,8 +15,10 @@ from typing import Any
 
 import fsspec
 import pytest
+from click.testing import CliRunner
 from tiny_version import manifest, write_files
 
+from kpdeploy.cli import cli
 from kpdeploy.errors import (
     DigestMismatch,
     DiskFull,
@@ -99,6 +102,21 @@ def test_a_version_that_was_rolled_back_is_neither_removed_nor_overwritten(repo:
     assert find_deployment(str(repo), "tiny").version == 1
     assert publish(str(repo), manifest(), files).version == 3
     assert (repo / "tiny" / "2" / "model.onnx").exists()
+
+
+def test_an_earlier_version_is_put_in_service_by_a_command(repo: Path, files: Path) -> None:
+    for _ in range(2):
+        publish(str(repo), manifest(), files)
+    done = CliRunner().invoke(cli, ["rollback", str(repo), "--to", "1", "--json"])
+    assert json.loads(done.output) == {"model": "tiny", "version": 1, "before": 2}
+    assert read_repository(str(repo))[0].version == 1
+    with pytest.raises(UnknownName, match="version 9"):
+        CliRunner().invoke(cli, ["rollback", str(repo), "--to", "9"], catch_exceptions=False)
+    (repo / "tiny" / "2" / "model.onnx").write_bytes(b"changed")
+    with pytest.raises(DigestMismatch):
+        CliRunner().invoke(cli, ["rollback", str(repo), "--to", "2"], catch_exceptions=False)
+    with pytest.raises(UnknownName, match="no folder"):
+        CliRunner().invoke(cli, ["rollback", "memory://models", "--to", "1"], catch_exceptions=False)
 
 
 def test_what_a_killed_run_left_is_removed(repo: Path, files: Path) -> None:

@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from kpdeploy.artifact import Manifest
 from kpdeploy.baseline import Baseline, Exchange
+from kpdeploy.cli import cli
 from kpdeploy.compare import TOLERANCES
 from kpdeploy.errors import DigestMismatch, RepositoryBroken, UnknownName
 from kpdeploy.runtimes import PACKAGES
-from kpdeploy.serving.repository import read_repository
+from kpdeploy.serving.repository import artifact_files, read_repository
 from kpdeploy.serving.torchserve import archive
 from kpdeploy.serving.torchserve.archive import handler_source, write_archive
 from kpdeploy.serving.torchserve.client import answer, request
@@ -315,7 +317,8 @@ def test_an_earlier_version_comes_back(files: Path, tmp_path: Path) -> None:
     repo = str(tmp_path / "model_store")
     for _ in range(2):
         publish(repo, manifest(version=0), files)
-    rollback(repo, "tiny", 1)
+    done = CliRunner().invoke(cli, ["rollback", repo, "--to", "1", "--json"])
+    assert json.loads(done.output) == {"model": "tiny", "version": 1, "before": 2}
     assert read_repository(repo)[0].version == 1
     assert publish(repo, manifest(version=0), files).version == 3
     with pytest.raises(UnknownName, match="version 9"):
@@ -323,6 +326,15 @@ def test_an_earlier_version_comes_back(files: Path, tmp_path: Path) -> None:
     (Path(repo) / "tiny" / "1" / "tiny.mar").write_bytes(b"changed")
     with pytest.raises(DigestMismatch):
         rollback(repo, "tiny", 1)
+
+
+def test_the_artifact_of_an_archive_is_unpacked_for_its_runtime(files: Path, tmp_path: Path) -> None:
+    publish(str(tmp_path / "model_store"), manifest(version=0), files)
+    (deployment,) = read_repository(str(tmp_path / "model_store"))
+    with artifact_files(deployment) as folder:
+        assert {file.name for file in folder.iterdir()} == {"model.bin", "golden.npz", "baseline.json"}
+        assert (folder / "model.bin").read_bytes() == b"weights"
+    assert not folder.exists()
 
 
 def test_what_a_killed_publish_left_goes_with_the_next(files: Path, tmp_path: Path) -> None:

@@ -90,6 +90,13 @@ def write_archive(manifest: Manifest, files: Path, path: Path) -> None:
         os.fsync(written.fileno())
 
 
+def unpack_artifact(path: Path, folder: Path) -> None:
+    """The artifact of an archive of ours, and what lies beside it, as its runtime loads them."""
+    with zipfile.ZipFile(path) as archive:
+        for name in json.loads(archive.read(MODEL))["digests"]:
+            archive.extract(name, folder)
+
+
 def described(manifest: Manifest, files: Path, names: list[str]) -> dict[str, Any]:
     """model.json: what the handler knows of the model."""
     signature = manifest.signature

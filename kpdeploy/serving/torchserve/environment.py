@@ -21,7 +21,14 @@ from kpdeploy.artifact import Manifest
 from kpdeploy.errors import LibraryMissing
 from kpdeploy.progress import Progress
 from kpdeploy.serving.torchserve.repository import TORCHSERVE
-from kpdeploy.serving.triton.environment import cache_folder, installed, make_environment, runtime_pins, user_packages
+from kpdeploy.serving.triton.environment import (
+    SHARED_CORES,
+    cache_folder,
+    installed,
+    make_environment,
+    runtime_pins,
+    user_packages,
+)
 
 TORCHSERVE_PACKAGES = (*TORCHSERVE, "torch-model-archiver==0.12.0")
 OTHERS = ("psutil", "packaging", "pillow")
@@ -60,6 +67,7 @@ class ServerEnvironment:
         """Its own temporary folder: TorchServe unpacks archives there, and knows a running server by a file in it."""
         left_out = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "TS_CONFIG_FILE", "LOG_LOCATION", "METRICS_LOCATION")
         return {
+            **SHARED_CORES,
             **{name: value for name, value in os.environ.items() if name not in left_out},
             "PATH": f"{self.prefix / 'bin'}:{os.environ.get('PATH', os.defpath)}",
             "TMPDIR": str(temporary),

@@ -161,7 +161,7 @@ def read(request: dict[str, Any], json_bytes: str, inputs: list[dict[str, Any]])
         tail = raw[length:]
     else:
         tail = b""
-    if isinstance(body, dict) and isinstance(body.get("inputs"), list) and "name" in str(body["inputs"][:1]):
+    if isinstance(body, dict) and isinstance(body.get("inputs"), list) and is_v2(body["inputs"]):
         return read_v2(body, tail)
     if isinstance(body, dict) and isinstance(body.get("instances"), list):
         return {"kind": "v1"}, read_v1(body["instances"], inputs)
@@ -170,6 +170,11 @@ def read(request: dict[str, Any], json_bytes: str, inputs: list[dict[str, Any]])
     if not isinstance(body, dict):
         raise ValueError(f"the body must be a JSON object with {', '.join(spec['name'] for spec in inputs)}")
     return {"kind": "json"}, body
+
+
+def is_v2(inputs: list[Any]) -> bool:
+    """Whether they are tensors with names, and not the rows of an input that is called `inputs`."""
+    return bool(inputs) and isinstance(inputs[0], dict) and "name" in inputs[0]
 
 
 def read_npz(raw: bytes) -> dict[str, Any]:

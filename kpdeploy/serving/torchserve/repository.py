@@ -55,6 +55,8 @@ _RUN = """\
 # It needs Java 17 (Debian: openjdk-17-jre-headless) and:  pip install -r requirements.txt
 # The tokens that requests need are in key_file.json of the folder that this is started in.
 set -euo pipefail
+# torch's threads wait asleep, and leave the cores to the frontend.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 repo=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 exec torchserve --start --foreground --ncs --model-store "$repo" --ts-config "$repo/config.properties" "$@"
 """

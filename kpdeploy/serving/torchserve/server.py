@@ -23,7 +23,7 @@ from kpdeploy.progress import Progress
 from kpdeploy.serving.client import replay
 from kpdeploy.serving.proof import prove_served
 from kpdeploy.serving.repository import read_repository
-from kpdeploy.serving.storage import fetch, local_path
+from kpdeploy.serving.storage import check_pollable, fetch, local_path
 from kpdeploy.serving.torchserve.archive import archive_name
 from kpdeploy.serving.torchserve.client import TorchServeClient
 from kpdeploy.serving.torchserve.config import Addresses, properties
@@ -82,9 +82,12 @@ def serve(
 
     Raises:
         RepositoryBroken, DigestMismatch: the repository is not what was proven.
+        UnknownName: `poll` of a URL.
         PortInUse, ServerUnavailable, LibraryMissing: the server cannot be started here.
         ModelLoadFailed, ServerDied, NotReady: it was, and does not serve.
     """
+    if poll:
+        check_pollable(repo)
     progress.say(UNMAINTAINED)
     if not token:
         progress.say("no token is asked for: every user and program of this machine can use and unload the models")
@@ -170,6 +173,7 @@ class Server:
         self.addresses = addresses
         self.served: dict[str, Served] = {}
         self._refused: set[tuple[str, int]] = set()
+        self._broken = ""
         self._repo = repo
         self._space = space
         self._environment = environment
@@ -356,13 +360,24 @@ class Server:
         try:
             deployments = read_repository(self._repo)
         except RepositoryBroken as error:
-            self._progress.say(f"no new version is served: {error.what}")
+            if error.what != self._broken:
+                self._progress.say(f"no new version is served: {error.what}")
+            self._broken = error.what
             return
+        self._broken = ""
+        for model in self.served.keys() - {deployment.model for deployment in deployments}:
+            self._remove(model)
         for deployment in deployments:
             before = self.served.get(deployment.model)
             current = before.deployment.version if before is not None else 0
             if deployment.version != current and (deployment.model, deployment.version) not in self._refused:
                 self._renew(deployment, before)
+
+    def _remove(self, model: str) -> None:
+        version = self.served.pop(model).deployment.version
+        with contextlib.suppress(OSError):
+            self.management.unregister(model, version)
+        self._progress.say(f"{model}: removed from the repository, and no longer served")
 
     def _renew(self, deployment: Deployment, before: Served | None) -> None:
         """Load a version beside the one that is served, prove it, give it the requests, and drop the other."""

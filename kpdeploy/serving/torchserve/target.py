@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kpdeploy.serving.torchserve.repository import check_publishable, publish
+from kpdeploy.serving.torchserve.repository import check_publishable, publish, rollback
 from kpdeploy.signature import Signature
 
-__all__ = ["check_publishable", "publish", "served_names", "why_unbatched"]
+__all__ = ["check_publishable", "publish", "rollback", "served_names", "why_unbatched"]
 
 
 def served_names(format: str, signature: Signature) -> tuple[tuple[str, ...], tuple[str, ...]]:

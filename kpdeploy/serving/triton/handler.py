@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from kpdeploy.artifact import Manifest
-from kpdeploy.baseline import Baseline, Exchange
+from kpdeploy.baseline import WINDOWS, Baseline, Exchange, Windows
 from kpdeploy.errors import OutputUnusable, PackageMissing
 from kpdeploy.inputs import Array, of_bytes
 from kpdeploy.serving.triton.config import HANDLER_FORMAT
@@ -113,7 +114,9 @@ def write_handler(
     # In the versions that made the golden answers.
     pins = (f"{name}=={version(name)}" for name in kind.packages)
     (files / REQUIREMENTS).write_text("".join(f"{line}\n" for line in ("numpy", *pins)))
-    Baseline(exchanges=exchanges, latencies=(), environment=model.environment).write(files)
+    taken = [_timed(handler, answer, exchanges[0].inputs[settings["input"]][0]) for _ in range(WINDOWS)]
+    windows = Windows.of(taken, point={"batch": 1}, rows=1, memory_bytes=0)
+    Baseline(exchanges=exchanges, latencies=(), environment=model.environment, windows=(windows,)).write(files)
     return _manifest(kind, model, settings)
 
 
@@ -128,6 +131,13 @@ def _handler(kind: Kind, settings: Mapping[str, Any]) -> Any:
             next_step=f"pip install {' '.join(kind.packages)}",
         ) from None
     return module.Handler(settings)
+
+
+def _timed(handler: Any, answer: Answer, body: bytes) -> float:
+    """Milliseconds of a request, with the unmodified model behind the handler, in this process."""
+    started = time.perf_counter()
+    handler.answer(answer(handler.prepare(body))[0])
+    return (time.perf_counter() - started) * 1e3
 
 
 def _exchange(handler: Any, settings: Mapping[str, Any], answer: Answer, body: bytes) -> Exchange:

@@ -60,9 +60,8 @@ def resized(image: Image.Image) -> Image.Image:
     width, height = image.size
     if min(width, height) == RESIZED:
         return image
-    wide = width <= height
-    long = int(RESIZED * max(width, height) / min(width, height))
-    return image.resize((RESIZED, long) if wide else (long, RESIZED), Image.Resampling.BILINEAR)
+    longer = int(RESIZED * max(width, height) / min(width, height))
+    return image.resize((RESIZED, longer) if width <= height else (longer, RESIZED), Image.Resampling.BILINEAR)
 
 
 def cropped(image: Image.Image) -> Image.Image:

@@ -15,14 +15,14 @@ from pathlib import Path
 from kpdeploy.artifact import Comparison
 from kpdeploy.baseline import Baseline
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied, UnknownName
+from kpdeploy.errors import KpdeployError, NotReady, RepositoryBroken, ServerDied
 from kpdeploy.hardware.allocators import find_allocator
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import PACKAGES
 from kpdeploy.serving.client import connect, replay
 from kpdeploy.serving.proof import prove_served
 from kpdeploy.serving.repository import read_repository
-from kpdeploy.serving.storage import fetch, local_path
+from kpdeploy.serving.storage import check_pollable, fetch, local_path
 from kpdeploy.serving.triton import control
 from kpdeploy.serving.triton.environment import ServerEnvironment, ensure_environment, installed, runtime_pins
 from kpdeploy.serving.triton.overlay import Served, link_backends, write_overlay
@@ -69,12 +69,8 @@ def serve(
         PortInUse, ServerUnavailable, LibraryMissing: the server cannot be started here.
         ModelLoadFailed, ServerDied, NotReady: it was, and does not serve.
     """
-    if poll and "://" in local_path(repo):
-        raise UnknownName(
-            f"{repo} cannot be polled for new versions",
-            why="only a folder can; a URL is fetched once",
-            next_step="leave --poll out, or sync the repository to a folder and serve that",
-        )
+    if poll:
+        check_pollable(repo)
     with scratch() as space:
         local = fetch(local_path(repo), space.folder / "native", progress)
         deployments = read_repository(local)

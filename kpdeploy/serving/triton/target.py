@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from kpdeploy.serving.triton.config import served_names
-from kpdeploy.serving.triton.repository import check_publishable, publish
+from pathlib import Path
 
-__all__ = ["check_publishable", "publish", "served_names", "why_unbatched"]
+from kpdeploy.deployment import Deployment
+from kpdeploy.serving.repository import find_version
+from kpdeploy.serving.triton.config import served_names
+from kpdeploy.serving.triton.repository import activate, check_publishable, publish
+
+__all__ = ["check_publishable", "publish", "rollback", "served_names", "why_unbatched"]
+
+
+def rollback(repo: str, model: str, version: int) -> Deployment:
+    deployment = find_version(repo, model, version)
+    deployment.manifest.check_files(Path(deployment.folder))
+    activate(deployment)
+    return deployment
 
 
 def why_unbatched(format: str) -> str:
