@@ -125,9 +125,7 @@ class Harm:
         artifact = json.loads(right)
         folder = self.repo.parent / "flipped"
         shutil.copytree(Path(artifact["path"]).parent, folder, dirs_exist_ok=True)
-        weights = max(
-            (p for p in folder.iterdir() if p.suffix in (".bin", ".onnx", ".pt")), key=lambda p: p.stat().st_size
-        )
+        weights = max((p for p in folder.iterdir() if p.suffix not in (".so", ".npz")), key=lambda p: p.stat().st_size)
         flip_one_weight(weights)
         artifact["path"] = str(folder / Path(artifact["path"]).name)
         described.write_text(json.dumps(artifact))
