@@ -156,10 +156,11 @@ def command(
 
 def _remember(report: BenchReport) -> None:
     """Append the levels to the history. That it cannot be is told, and fails nothing."""
+    from kpdeploy.checkout import branch
     from kpdeploy.cli import console
     from kpdeploy.hardware import conditions, environment
     from kpdeploy.inputs import point_name
-    from kpdeploy.monitoring.history import Entry, Value, branch, record
+    from kpdeploy.monitoring.history import Entry, Value, record
 
     values = []
     for row in report.rows:

@@ -22,22 +22,23 @@ from typing import Any
 
 import numpy as np
 
+from kpdeploy import checkout
 from kpdeploy.artifact import Artifact, Comparison, Manifest
 from kpdeploy.baseline import Baseline, Windows
 from kpdeploy.compare import compare, worst_of
 from kpdeploy.errors import CannotTell, InputMismatch, NothingToCompare, Regressed
 from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, measured_points, sample
-from kpdeploy.monitoring.history import Entry, branch, values_of
+from kpdeploy.monitoring.history import Entry, values_of
 from kpdeploy.monitoring.regression import Criteria, Judgement, judge, judge_pairs
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.signature import Point, Signature
 
-BLOCK = 12
-"""Windows of a block: two blocks are enough for a first look."""
+BLOCK = 8
+"""Windows of a block: three blocks are enough for a first answer, and tell how much blocks differ."""
 
-LOOKS = 8
+LOOKS = 10
 """How often the detector is asked at most; there are as many blocks, and one."""
 
 LEAST_CALLS = 3
@@ -170,7 +171,7 @@ class CheckReport:
             values=values_of(self.windows),
             windows=self.windows,
             environment=self.environment,
-            label=branch(),
+            label=checkout.branch(),
             outcome=self.outcome,
         )
 

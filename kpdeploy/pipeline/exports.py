@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kpdeploy import checkout
 from kpdeploy.artifact import MOUNT, Manifest
 from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import TOLERANCES, Budget
@@ -23,7 +22,7 @@ from kpdeploy.errors import KpdeployError, UnknownName
 from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, measured_points, sample
 from kpdeploy.model import Model
-from kpdeploy.monitoring.history import Entry, branch, record, values_of
+from kpdeploy.monitoring.history import Entry, record, values_of
 from kpdeploy.ops.libraries import contract
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
 from kpdeploy.pipeline.graphs import OnGpu
@@ -369,7 +368,7 @@ def _manifest(
         tolerances=tolerances,
         decisions=tuple(decisions),
         formats=tuple(candidate.to_json() for candidate in candidates),
-        source={**model.source, "git": _git_state()},
+        source={**model.source, "git": checkout.state()},
         environment=environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         padded_axes=() if unbatched else chosen.verdict.padded_axes,
@@ -386,7 +385,7 @@ def _remember(deployment: Deployment, baseline: Baseline, progress: Progress) ->
         values=values_of(baseline.windows),
         windows=baseline.windows,
         environment=baseline.environment,
-        label=branch(),
+        label=checkout.branch(),
     )
     if failed := record(entry):
         progress.say(f"not in the history: {failed}")
@@ -415,17 +414,3 @@ def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baselin
     if labels := manifest.serving.get("labels"):
         (chosen.artifact.folder / LABELS).write_text("".join(f"{label}\n" for label in labels))
     return TARGETS[manifest.target].package.publish(repo, manifest, chosen.artifact.folder, activate=activate)
-
-
-def _git_state() -> dict[str, Any] | None:
-    """The commit that the user's folder stands at, and whether it has changes; None outside a checkout."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (subprocess.SubprocessError, OSError):
-        return None
