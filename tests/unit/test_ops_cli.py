@@ -243,7 +243,7 @@ def test_a_name_may_be_written_as_one_types_it(run: Run) -> None:
 def test_a_mistyped_subcommand_names_the_near_one(run: Run) -> None:
     code, _, err = run("explian")
     assert code == 2
-    assert "Did you mean 'explain'?" in err
+    assert "did you mean 'explain'?" in err
 
 
 @pytest.mark.parametrize("name", ["explain", "validate"])
