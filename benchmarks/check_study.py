@@ -27,7 +27,7 @@ import click
 
 from kpdeploy import __version__
 from kpdeploy.baseline import Baseline
-from kpdeploy.cli.bench import _shape as parse_shape
+from kpdeploy.cli.bench import parse_shape
 from kpdeploy.hardware import environment
 from kpdeploy.monitoring.check import Side, check_versions
 from kpdeploy.monitoring.regression import Criteria
