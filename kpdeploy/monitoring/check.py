@@ -35,10 +35,10 @@ from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.signature import Point, Signature
 
-BLOCK = 8
-"""Windows of a block: three blocks are enough for a first answer, and tell how much blocks differ."""
+BLOCK = 12
+"""Windows of a block: two blocks are enough for a first look, three for an answer where they differ."""
 
-LOOKS = 10
+LOOKS = 8
 """How often the detector is asked at most; there are as many blocks, and one."""
 
 LEAST_CALLS = 3
