@@ -23,6 +23,7 @@ import numpy as np
 
 from kpdeploy import __version__
 from kpdeploy.hardware import environment
+from kpdeploy.monitoring.alerts import AUTOCORRELATION, SLOW_EFFECT, SLOW_HOLD_SECONDS, SLOW_WINDOWS, SLOW_Z
 from kpdeploy.monitoring.check import BLOCK, LOOKS, processes_of
 from kpdeploy.monitoring.regression import Criteria, first_alarm, judge, judge_pairs, mann_whitney
 from kpdeploy.runtimes.process import RuntimeProcess
@@ -78,7 +79,31 @@ DETECTORS: dict[str, Callable[[Series], bool]] = {
     "kpdeploy, one look": one_look,
     "kpdeploy, watched: every 5 windows, 3 in a row": watched,
 }
-OURS = tuple(name for name in DETECTORS if name.startswith("kpdeploy"))
+SLOW = "kpdeploy, the slow alert: an hour of windows, every minute"
+OURS = (*(name for name in DETECTORS if name.startswith("kpdeploy")), SLOW)
+
+
+def slow_alert(shift: float, count: int, seed: int = 0) -> float:
+    """The share of series in which KpdeployLatencySlowlyRegressed fires: its rule (kpdeploy.monitoring.alerts), each
+    minute for four hours after the shift, over one-minute windows that vary as those of `simulated`, against a baseline
+    of 60 windows."""
+    rng = np.random.default_rng([seed, round(shift * 100)])
+    baseline = np.array([simulated(rng, 0)[:HALF] for _ in range(count)])
+    middle = np.median(baseline, axis=1)
+    spread = 1.4826 * np.median(abs(baseline - middle[:, None]), axis=1) / middle
+    # Nobody knows the series beforehand: an hour without the shift, four with it.
+    hours = [np.array([simulated(rng, 0) for _ in range(count)])[:, :HALF] * (1 + shift * (h > 0)) for h in range(5)]
+    windows = np.hstack(hours) / middle[:, None]
+    shrink = (1 - AUTOCORRELATION) / (1 + AUTOCORRELATION)
+    held, fired = np.zeros(count), np.zeros(count, bool)
+    for minute in range(SLOW_WINDOWS, windows.shape[1] + 1):
+        hour = windows[:, max(0, minute - 60) : minute]
+        low, median, high = np.quantile(hour, [0.25, 0.5, 0.75], axis=1)
+        variance = 1.571 * ((high - low) / 1.349) ** 2
+        error = variance / (shrink * hour.shape[1]) + 1.571 * spread**2 / (shrink * HALF) + 1e-6
+        held = np.where(((median - 1) / np.sqrt(error) > SLOW_Z) & (median > SLOW_EFFECT), held + 1, 0)
+        fired |= held * 60 > SLOW_HOLD_SECONDS
+    return float(fired.mean())
 
 
 def pairs_regressed(old: Series, new: Series, *, looks: int) -> bool:
@@ -100,6 +125,7 @@ def on_simulated(count: int, seed: int = 0) -> dict[str, dict[str, float]]:
         drawn = [simulated(rng, shift) for _ in range(count)]
         for name, detector in DETECTORS.items():
             found[name][f"{shift:.0%}"] = round(float(np.mean([detector(series) for series in drawn])), 4)
+        found.setdefault(SLOW, {})[f"{shift:.0%}"] = round(slow_alert(shift, count, seed), 4)
     return found
 
 

@@ -32,9 +32,11 @@ core for each core more."""
 ALLOWANCE_RATIO = 2.0
 ALLOWANCE_SECONDS = 0.010
 """Without a served baseline: what serving may add to a time taken in process (network, queue, batching)."""
-SLOW_EFFECT = 1.10
-SLOW_Z = 4.0
+SLOW_EFFECT = 1.05
+SLOW_Z = 3.5
 SLOW_WINDOWS = 30
+SLOW_HOLD_SECONDS = 600
+"""The slow alert looks again every minute for ever: benchmarks/detectors.py has its false alarms and its power."""
 AUTOCORRELATION = 0.7
 """Of neighbouring windows' medians on real machines: n windows tell as much as n (1 - ρ) / (1 + ρ) independent ones."""
 
@@ -451,7 +453,7 @@ def _slow(model: Watched, causes: str) -> Alert:
         model, "KpdeployLatencySlowlyRegressed",
         f"({z} > {SLOW_Z:g}) and quantile_over_time(0.5, {w}) > {SLOW_EFFECT:g} "
         f"and count_over_time({w}) >= {SLOW_WINDOWS}",
-        hold=600, severity="ticket",
+        hold=SLOW_HOLD_SECONDS, severity="ticket",
         summary=f"{model.name}: golden requests became slower, by more than {SLOW_EFFECT - 1:.0%}",
         meaning=f"The medians of the last hour's one-minute windows lie more than {SLOW_Z:g} standard errors and "
         f"{SLOW_EFFECT - 1:.0%} above {model.against}.",
