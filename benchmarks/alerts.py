@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -213,6 +214,8 @@ def running(repo: Path, received: Received, rate: float, scrape: int, intervals:
 @click.group()
 def main() -> None:
     """Alerts end to end."""
+    # Whoever ends this ends the servers, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 @main.command()
