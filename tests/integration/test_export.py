@@ -69,7 +69,7 @@ def test_a_version_waits_where_it_is_not_to_be_served_yet(tmp_path: Path) -> Non
     assert (waiting.active, waiting.deployment.version) == (False, 2)
     (served,) = read_repository(str(tmp_path))
     assert served.version == 1
-    assert find_version(str(tmp_path), "small", 2) == waiting.deployment
+    assert find_version(str(tmp_path), "small", 2).manifest.digest == waiting.deployment.manifest.digest
     with pytest.raises(UnknownName, match="cannot wait"):
         kpdeploy.export(Classifier(), repo=tmp_path, target="torchserve", input=CLASSIFIER_INPUTS, activate=False)
 
