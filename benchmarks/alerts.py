@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -125,9 +126,7 @@ class Harm:
         artifact = json.loads(right)
         folder = self.repo.parent / "flipped"
         shutil.copytree(Path(artifact["path"]).parent, folder, dirs_exist_ok=True)
-        weights = max(
-            (p for p in folder.iterdir() if p.suffix in (".bin", ".onnx", ".pt")), key=lambda p: p.stat().st_size
-        )
+        weights = max((p for p in folder.iterdir() if p.suffix not in (".so", ".npz")), key=lambda p: p.stat().st_size)
         flip_one_weight(weights)
         artifact["path"] = str(folder / Path(artifact["path"]).name)
         described.write_text(json.dumps(artifact))
@@ -215,6 +214,8 @@ def running(repo: Path, received: Received, rate: float, scrape: int, intervals:
 @click.group()
 def main() -> None:
     """Alerts end to end."""
+    # Whoever ends this ends the servers, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 @main.command()

@@ -4,8 +4,9 @@
     python benchmarks/detectors.py record models/ -o benchmarks/recorded_windows.json     # real series of this machine
 
 A simulated series is 120 window medians: noise of 3 % that lasts over windows (AR(1), rho = .7), 1 % of windows that a
-spike hits, and from window 60 on a shift (0: none). The recorded ones are window medians of two processes that ran the
-same model in turns, by the clock and by processor time; a shift is multiplied onto the second half.
+spike hits, and from window 60 on a shift (0: none). The recorded ones are pairs as `kpdeploy check` takes them: one
+model in two processes, call by call in turn, a fresh pair of processes for each block of windows; by the clock, and
+without what the processes waited for a core. A shift is multiplied onto the second of each pair.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,17 @@ import numpy as np
 
 from kpdeploy import __version__
 from kpdeploy.hardware import environment
+from kpdeploy.monitoring.alerts import AUTOCORRELATION, SLOW_EFFECT, SLOW_HOLD_SECONDS, SLOW_WINDOWS, SLOW_Z
+from kpdeploy.monitoring.check import BLOCK, LOOKS, processes_of
 from kpdeploy.monitoring.regression import Criteria, first_alarm, judge, judge_pairs, mann_whitney
+from kpdeploy.runtimes.process import RuntimeProcess
 
 SHIFTS = (0.0, 0.05, 0.10, 0.20)
 WINDOWS, HALF = 120, 60
 NOISE, RHO, SPIKES = 0.03, 0.7, 0.01
 CRITERIA = Criteria()
+CALLS = 5
+NAMES = {"clock": "the clock", "own": "own time"}
 RECORDED = Path(__file__).with_name("recorded_windows.json")
 
 Series = Sequence[float]
@@ -72,14 +79,42 @@ DETECTORS: dict[str, Callable[[Series], bool]] = {
     "kpdeploy, one look": one_look,
     "kpdeploy, watched: every 5 windows, 3 in a row": watched,
 }
-OURS = tuple(name for name in DETECTORS if name.startswith("kpdeploy"))
+SLOW = "kpdeploy, the slow alert: an hour of windows, every minute"
+OURS = (*(name for name in DETECTORS if name.startswith("kpdeploy")), SLOW)
+
+
+def slow_alert(shift: float, count: int, seed: int = 0) -> float:
+    """The share of series in which KpdeployLatencySlowlyRegressed fires: its rule (kpdeploy.monitoring.alerts), each
+    minute for four hours after the shift, over one-minute windows that vary as those of `simulated`, against a baseline
+    of 60 windows."""
+    rng = np.random.default_rng([seed, round(shift * 100)])
+    baseline = np.array([simulated(rng, 0)[:HALF] for _ in range(count)])
+    middle = np.median(baseline, axis=1)
+    spread = 1.4826 * np.median(abs(baseline - middle[:, None]), axis=1) / middle
+    # Nobody knows the series beforehand: an hour without the shift, four with it.
+    hours = [np.array([simulated(rng, 0) for _ in range(count)])[:, :HALF] * (1 + shift * (h > 0)) for h in range(5)]
+    windows = np.hstack(hours) / middle[:, None]
+    shrink = (1 - AUTOCORRELATION) / (1 + AUTOCORRELATION)
+    held, fired = np.zeros(count), np.zeros(count, bool)
+    for minute in range(SLOW_WINDOWS, windows.shape[1] + 1):
+        hour = windows[:, max(0, minute - 60) : minute]
+        low, median, high = np.quantile(hour, [0.25, 0.5, 0.75], axis=1)
+        variance = 1.571 * ((high - low) / 1.349) ** 2
+        error = variance / (shrink * hour.shape[1]) + 1.571 * spread**2 / (shrink * HALF) + 1e-6
+        held = np.where(((median - 1) / np.sqrt(error) > SLOW_Z) & (median > SLOW_EFFECT), held + 1, 0)
+        fired |= held * 60 > SLOW_HOLD_SECONDS
+    return float(fired.mean())
 
 
 def pairs_regressed(old: Series, new: Series, *, looks: int) -> bool:
+    """At the last look alone, or as the gate: after the second block and each further one, until it is known."""
     criteria = Criteria(looks=looks)
-    ends = np.linspace(24, len(old), looks).astype(int) if looks > 1 else [len(old)]
-    blocks = [index // 12 for index in range(len(old))]
-    return any(judge_pairs(old[:e], new[:e], criteria, blocks=blocks[:e]).outcome == "regressed" for e in ends)
+    blocks = [index // BLOCK for index in range(len(old))]
+    for end in range(2 * BLOCK, len(old) + 1, BLOCK) if looks > 1 else [len(old)]:
+        outcome = judge_pairs(old[:end], new[:end], criteria, blocks=blocks[:end]).outcome
+        if outcome != "unknown":
+            return outcome == "regressed"
+    return False
 
 
 def on_simulated(count: int, seed: int = 0) -> dict[str, dict[str, float]]:
@@ -90,19 +125,20 @@ def on_simulated(count: int, seed: int = 0) -> dict[str, dict[str, float]]:
         drawn = [simulated(rng, shift) for _ in range(count)]
         for name, detector in DETECTORS.items():
             found[name][f"{shift:.0%}"] = round(float(np.mean([detector(series) for series in drawn])), 4)
+        found.setdefault(SLOW, {})[f"{shift:.0%}"] = round(slow_alert(shift, count, seed), 4)
     return found
 
 
 def on_recorded(path: Path = RECORDED) -> dict[str, Any]:
-    """The same over real series: pairs that were measured in turns, looked at once and eight times."""
+    """The same over real series: pairs that were measured in turns, looked at once, and as the gate does."""
     recorded = json.loads(path.read_text())["series"]
     found: dict[str, Any] = {"series": len(recorded)}
-    for clock in ("clock", "processor"):
-        for looks in (1, 8):
-            found[f"pairs by {clock}, {looks} look{'s' * (looks > 1)}"] = {
+    for times in ("clock", "own"):
+        for looks in (1, LOOKS):
+            found[f"pairs by {NAMES[times]}, {'as the gate' if looks > 1 else 'one look'}"] = {
                 f"{shift:.0%}": round(
                     float(np.mean([
-                        pairs_regressed(s[clock][0], np.multiply(s[clock][1], 1 + shift).tolist(), looks=looks)
+                        pairs_regressed(s[times][0], np.multiply(s[times][1], 1 + shift).tolist(), looks=looks)
                         for s in recorded
                     ])), 4,
                 )
@@ -140,12 +176,27 @@ def main(ctx: click.Context, output: Path | None, series: int) -> None:
         output.write_text(json.dumps(data, indent=1) + "\n")
 
 
+def record_block(pair: Sequence[RuntimeProcess], request: list[Any], both: dict[str, list[list[float]]]) -> None:
+    for process in pair:
+        process.time(request, seconds=0, at_least=1)
+    for window in range(BLOCK):
+        taken: dict[str, list[list[float]]] = {name: [[], []] for name in both}
+        for _ in range(CALLS):
+            for index in (0, 1) if window % 2 else (1, 0):
+                times = pair[index].time_both(request, seconds=0, at_least=1, warmup=0)
+                for name, values in zip(taken, times, strict=True):
+                    taken[name][index] += values
+        for name, sides in taken.items():
+            for kept, values in zip(both[name], sides, strict=True):
+                kept.append(round(float(np.median(values)), 3))
+
+
 @main.command()
 @click.argument("repo")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 @click.option("--count", default=24, show_default=True)
 def record(repo: str, output: Path, count: int) -> None:
-    """Record real series: two processes of one model in turns, 4 calls a window, 120 windows."""
+    """Record real series of one model at batch 1: LOOKS + 1 pairs of processes, BLOCK windows of CALLS calls each."""
     from kpdeploy.baseline import Baseline
     from kpdeploy.inputs import sample
     from kpdeploy.monitoring.check import Side
@@ -160,13 +211,10 @@ def record(repo: str, output: Path, count: int) -> None:
     found = []
     for _ in range(count):
         before = os.getloadavg()[0]
-        with side.process(1) as first, side.process(1) as second:
-            both: dict[str, list[list[float]]] = {"clock": [[], []], "processor": [[], []]}
-            for window in range(WINDOWS):
-                for index in (0, 1) if window % 2 else (1, 0):
-                    times = (first, second)[index].time_both(request, seconds=0, at_least=4, warmup=0)
-                    for name, values in zip(both, times, strict=True):
-                        both[name][index].append(round(float(np.median(values)), 3))
+        both: dict[str, list[list[float]]] = {"clock": [[], []], "own": [[], []]}
+        for block in range(LOOKS + 1):
+            with ExitStack() as held:
+                record_block(processes_of(held, (side, side), 1, turned=block % 2 == 1), request, both)
         found.append({**both, "load_average": round(before, 2)})
         data = {"point": point, "model": deployment.model, "environment": environment(), "series": found}
         output.write_text(json.dumps(data, separators=(",", ":")) + "\n")

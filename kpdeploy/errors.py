@@ -6,6 +6,8 @@ The classes below are the documentation of the exit codes (`kpdeploy exit-codes`
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -353,6 +355,12 @@ class ClockSkewed(KpdeployError):
     """Two clocks that must agree do not."""
 
     exit_code = 88
+
+
+def did_you_mean(given: str, known: Iterable[str], *, otherwise: str = "") -> str:
+    """The hint at the nearest of the known names; `otherwise` where none is near."""
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def exit_codes() -> list[tuple[int, str, str]]:

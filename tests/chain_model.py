@@ -47,7 +47,9 @@ def graph(layers: int) -> Any:
     return model
 
 
-def publish_chain(repo: Path, files: Path, *, layers: int, wrong: float = 0, name: str = "chain") -> Deployment:
+def publish_chain(
+    repo: Path, files: Path, *, layers: int, wrong: float = 0, name: str = "chain", activate: bool = True
+) -> Deployment:
     """Publish the next version; `wrong` is added to its golden answers."""
     files.mkdir(parents=True)
     (files / "model.onnx").write_bytes(graph(layers).SerializeToString())
@@ -61,4 +63,4 @@ def publish_chain(repo: Path, files: Path, *, layers: int, wrong: float = 0, nam
         tolerances=TOLERANCES, decisions=(), formats=(), source={"kind": "test"}, environment=environment(),
         created="2026-01-01T00:00:00+00:00",
     )  # fmt: skip
-    return publish(str(repo), manifest, files)
+    return publish(str(repo), manifest, files, activate=activate)

@@ -7,7 +7,6 @@ of a core the generator used and, in the open loop, how late it was.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from kpdeploy.bench.requests import Recipe, from_repository, from_server
 from kpdeploy.bench.server import Served, ask
 from kpdeploy.bench.server import torchserve as on_torchserve
 from kpdeploy.bench.wire import WIRES, Wire
-from kpdeploy.errors import InputsUnknown, LoadFailed, UnknownName
+from kpdeploy.errors import InputsUnknown, LoadFailed, UnknownName, did_you_mean
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import committed_version, connect, connect_torchserve, is_torchserve
 
@@ -117,10 +116,9 @@ def bench(
 
 def _known(name: str, names: Sequence[str], kind: str) -> None:
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
         raise UnknownName(
             f"there is no {kind} {name!r}",
-            next_step=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(names)}",
+            next_step=did_you_mean(name, names, otherwise=f"use one of {', '.join(names)}"),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import aiohttp
 from tritonclient.utils import InferenceServerException
 
 from kpdeploy.artifact import Manifest
-from kpdeploy.errors import ModelNotServed, Unreachable
+from kpdeploy.errors import ModelNotServed, Unreachable, did_you_mean
 
 ANSWER_SECONDS = 10.0
 
@@ -83,7 +82,6 @@ async def _not_served(client: Any, url: str, model: str, json: Mapping[str, bool
     entries = index.get("models", []) if isinstance(index, dict) else index
     states = {entry["name"]: entry for entry in entries}
     ready = sorted(name for name, entry in states.items() if entry.get("state") == "READY")
-    near = difflib.get_close_matches(model, ready, n=1)
     reason = states.get(model, {}).get("reason", "")
     if model in states:
         why = f"the server knows it, and it is not ready{f': {reason}' if reason else ''}"
@@ -92,7 +90,7 @@ async def _not_served(client: Any, url: str, model: str, json: Mapping[str, bool
     return ModelNotServed(
         f"{url} does not serve the model {model!r}",
         why=why,
-        next_step=f"did you mean {near[0]!r}?" if near else "name one of the server's models, or serve this one",
+        next_step=did_you_mean(model, ready, otherwise="name one of the server's models, or serve this one"),
     )
 
 

@@ -44,11 +44,10 @@ class NearCommands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args and args[0] not in known and not args[0].startswith("-"):
-            import difflib
+            from kpdeploy.errors import did_you_mean
 
-            near = difflib.get_close_matches(args[0], known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" See `{ctx.command_path} --help`."
-            raise click.UsageError(f"no such command {args[0]!r}.{hint}", ctx)
+            hint = did_you_mean(args[0], known, otherwise=f"see `{ctx.command_path} --help`")
+            raise click.UsageError(f"no such command {args[0]!r}: {hint}", ctx)
         return super().resolve_command(ctx, args)
 
 

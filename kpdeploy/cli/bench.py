@@ -34,7 +34,7 @@ def _positive(kind: Callable[[str], Number], text: str, whole: str) -> Number:
     return number
 
 
-def _shape(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, int]:
+def parse_shape(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, int]:
     pairs = [part.partition("=") for part in value.split(",")] if value else []
     if not all(name.strip() and size.strip().isdigit() for name, _, size in pairs):
         raise click.BadParameter(f"{value!r} is not of the form batch=1,seq=32")
@@ -93,7 +93,7 @@ def _shape(ctx: click.Context, param: click.Parameter, value: str) -> dict[str, 
 @click.option(
     "--shape",
     metavar="AXIS=N,…",
-    callback=_shape,
+    callback=parse_shape,
     default="",
     help="Sizes of dynamic axes, such as batch=1,seq=32. Default: batch 1, and half of each range, at most 128.",
 )
@@ -156,10 +156,11 @@ def command(
 
 def _remember(report: BenchReport) -> None:
     """Append the levels to the history. That it cannot be is told, and fails nothing."""
+    from kpdeploy.checkout import branch
     from kpdeploy.cli import console
     from kpdeploy.hardware import conditions, environment
     from kpdeploy.inputs import point_name
-    from kpdeploy.monitoring.history import Entry, Value, branch, record
+    from kpdeploy.monitoring.history import Entry, Value, record
 
     values = []
     for row in report.rows:

@@ -29,9 +29,9 @@ Exit codes:
 
 
 def _points(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) -> list[dict[str, int]]:
-    from kpdeploy.cli.bench import _shape
+    from kpdeploy.cli.bench import parse_shape
 
-    return [_shape(ctx, param, text) for text in texts]
+    return [parse_shape(ctx, param, text) for text in texts]
 
 
 @click.command(epilog=EPILOG)
@@ -45,7 +45,7 @@ def _points(ctx: click.Context, param: click.Parameter, texts: tuple[str, ...]) 
 )
 @click.option("--model", metavar="NAME", help="Which model, where REPO holds several.")
 @click.option(
-    "--seconds", type=click.FloatRange(min=1), default=60, show_default=True, help="How long to measure at most."
+    "--seconds", type=click.FloatRange(min=1), default=90, show_default=True, help="How long to measure at most."
 )
 @criteria_options
 @click.option(
@@ -72,10 +72,10 @@ def command(
 ) -> None:  # fmt: skip
     """Is this version worse than that one? A gate for CI.
 
-    Both versions run here, in the runtimes that serve them, and take turns within a fraction of a second, so that what
-    slows the machine slows both. A version is worse if its median latency is significantly larger, by at least
-    --effect, in most of the process pairs; if it needs a tenth more memory; or if a golden answer is wrong. It stops as
-    soon as that is known.
+    Both versions run here, in the runtimes that serve them, and take turns call by call, so that what slows the machine
+    slows both; what a single thread waits for a core is left out. A version is worse if its median latency is
+    significantly larger, by at least --effect, in most of the process pairs; if it needs a tenth more memory; or if a
+    golden answer is wrong. It stops as soon as that is known.
     """
     from kpdeploy.cli import console
     from kpdeploy.monitoring import check_report

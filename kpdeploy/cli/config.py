@@ -10,7 +10,6 @@ http-port = 9000
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import click
 from click.types import BoolParamType
 
-from kpdeploy.errors import ConfigFileBroken
+from kpdeploy.errors import ConfigFileBroken, did_you_mean
 
 FILENAME = "kpdeploy.toml"
 
@@ -90,10 +89,9 @@ def _checked(path: Path, where: str, parameter: click.Option, value: Any, ctx: c
 
 
 def _unknown(path: Path, what: str, word: str, known: list[str]) -> ConfigFileBroken:
-    near = difflib.get_close_matches(word, known, n=1)
     return ConfigFileBroken(
         f"{path} holds {what}, which does not exist",
-        why=f"did you mean {near[0]!r}?" if near else "",
+        why=did_you_mean(word, known),
         next_step=f"use one of {', '.join(known)}",
     )
 

@@ -118,6 +118,12 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
     metavar="DTYPE=ERROR",
     help="The largest relative error accepted for a dtype, such as float32=1e-4.  [default: float32=1e-5]",
 )
+@click.option(
+    "--activate/--no-activate",
+    default=True,
+    show_default=True,
+    help="Serve the new version at once; or leave it to `kpdeploy rollout` to try and promote it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(model: str, tolerances: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Export MODEL, prove the artifact equal to it, and package it for a server.
@@ -150,6 +156,7 @@ def command(model: str, tolerances: tuple[str, ...], as_json: bool, **options: A
         tune=options["tune"],
         memory_budget=options["memory_budget"],
         mount=options["mount"],
+        activate=options["activate"],
         progress=console.progress(json_output=as_json),
     )
     if as_json:
@@ -202,7 +209,13 @@ def show(report: ExportReport) -> None:
         f"packaged [bold]{manifest.model}[/] version {manifest.version} as {manifest.format} ({batch}) "
         f"in {report.deployment.folder}, {report.seconds:.0f} s"
     )
-    console.next_command(f"kpdeploy serve {report.deployment.repository}")
+    if report.active:
+        console.next_command(f"kpdeploy serve {report.deployment.repository}")
+        return
+    console.out.print("it is not served yet")
+    console.next_command(
+        f"kpdeploy rollout {report.deployment.repository} --to {manifest.version} --against VERSION --url HOST:PORT"
+    )
 
 
 def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ...]:

@@ -152,7 +152,9 @@ def _probes(
 @_url
 @click.option("--model", help="Only this model of REPO.")
 @click.option("--rate", type=POSITIVE, default=1.0, show_default=True, help="Requests/s, as the probe's will be.")
-@click.option("--windows", type=click.IntRange(min=20), default=20, show_default=True, help="How many windows.")
+@click.option(
+    "--windows", type=click.IntRange(min=20), default=60, show_default=True, help="How many: few hide slow changes."
+)
 @click.option("--window-seconds", type=POSITIVE, default=15.0, show_default=True, help="Length of each.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="File.  [default: served.json beside the version]"
@@ -169,7 +171,8 @@ def baseline(
     Example:
       kpdeploy monitor baseline models/ --url localhost:8001
 
-    Record it under the load of every day: latencies are compared with it while the machine is about as busy.
+    Record it under the load of every day: latencies are compared with it while the machine is about as busy. It takes
+    a quarter of an hour.
     """
     from kpdeploy.cli import console
     from kpdeploy.errors import UnknownName

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kpdeploy.cli import NearCommands
-from kpdeploy.errors import KernelsDiffer, KernelsMissing, UnknownName
+from kpdeploy.errors import KernelsDiffer, KernelsMissing, UnknownName, did_you_mean
 from kpdeploy.ops import measured, measured_attention, providers
 from kpdeploy.ops.linear_activation import ACTIVATIONS
 
@@ -194,10 +193,9 @@ def _known(kind: str, given: str, known: Iterable[str]) -> str:
     names = list(known)
     if given.lower() in names:
         return given.lower()
-    near = difflib.get_close_matches(given.lower(), names, n=1)
     raise UnknownName(
         f"unknown {kind} {given!r}",
-        why=f"did you mean {near[0]!r}?" if near else "",
+        why=did_you_mean(given.lower(), names),
         next_step=f"use one of {', '.join(names)}",
     )
 

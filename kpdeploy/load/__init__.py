@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kpdeploy.errors import ModelNotFound, UnknownName
+from kpdeploy.errors import ModelNotFound, UnknownName, did_you_mean
 from kpdeploy.model import Model
 
 DEFAULT_MAX_BATCH = 8
@@ -81,10 +80,10 @@ def _loader(argument: str) -> Callable[[str, Request], Model]:
         from kpdeploy.load import factory
 
         return factory.load
-    near = difflib.get_close_matches(argument, examples.EXAMPLES, n=1)
+    near = did_you_mean(argument, examples.EXAMPLES)
     raise ModelNotFound(
         f"there is no model {argument!r}",
-        why="it is no shipped example, no file and no folder" + (f"; did you mean {near[0]!r}?" if near else ""),
+        why="it is no shipped example, no file and no folder" + (f"; {near}" if near else ""),
         next_step=f"MODEL is one of: {KINDS}",
     )
 
@@ -93,17 +92,17 @@ def _near_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder}"
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
-    return f"did you mean {folder / near[0]}?" if near else f"{folder} holds no file of that name"
+    names = (place.name for place in folder.iterdir())
+    return did_you_mean(path.name, names, otherwise=f"{folder} holds no file of that name")
 
 
 def choose(kind: str, given: str, known: Sequence[str]) -> str:
     """`given` if it is known, else UnknownName with the nearest known name."""
     if given in known:
         return given
-    near = difflib.get_close_matches(given, known, n=1)
     raise UnknownName(
-        f"unknown {kind} {given!r}" + (f": did you mean {near[0]!r}?" if near else ""),
+        f"unknown {kind} {given!r}",
+        why=did_you_mean(given, known),
         next_step=f"use one of {', '.join(known)}",
     )
 

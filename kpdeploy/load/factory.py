@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from kpdeploy.decision import Decision, Skipped
-from kpdeploy.errors import FactoryFailed, FactoryReturned, InputMismatch, ModelNotFound, ModelRejectsInputs
+from kpdeploy.errors import (
+    FactoryFailed,
+    FactoryReturned,
+    InputMismatch,
+    ModelNotFound,
+    ModelRejectsInputs,
+    did_you_mean,
+)
 from kpdeploy.inputs import Array
 from kpdeploy.load import Request, model_name
 from kpdeploy.load.describe import (
@@ -109,12 +116,9 @@ def _find(module_name: str, attribute: str) -> Any:
         ) from None
     for part in attribute.split("."):
         if not hasattr(found, part):
-            import difflib
-
-            near = difflib.get_close_matches(part, dir(found), n=1)
             raise ModelNotFound(
                 f"{module_name} has no {attribute!r}",
-                why=f"did you mean {near[0]!r}?" if near else f"looked in {getattr(found, '__file__', module_name)}",
+                why=did_you_mean(part, dir(found), otherwise=f"looked in {getattr(found, '__file__', module_name)}"),
                 next_step="MODEL = package.module:factory names a callable that returns a torch.nn.Module",
             )
         found = getattr(found, part)

@@ -5,9 +5,9 @@ machine slows both. Where a process's pages fall decides a few percent of its sp
 block of windows is measured in a fresh pair of processes, and the blocks must agree. Blocks are added until every
 point is decided, or the time is over; the detector is told how often it may look.
 
-One thread, unless told: on a busy machine threads wait for each other's stolen cores. Each call is timed by the clock
-and by the processor time that it used. What a thread waits for shows only on the first; where others' load hides the
-answer there, the second decides, and the report says so.
+One thread, unless told: on a busy machine threads wait for each other's stolen cores. What one thread takes is judged
+without the time in which it could run and had no core, which the kernel counts: that is others' load, not the version.
+What it waits for by itself (a disk, a lock, a sleep) stays in. Several threads are judged by the clock.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from typing import Any
 
 import numpy as np
 
+from kpdeploy import checkout
 from kpdeploy.artifact import Artifact, Comparison, Manifest
 from kpdeploy.baseline import Baseline, Windows
 from kpdeploy.compare import compare, worst_of
 from kpdeploy.errors import CannotTell, InputMismatch, NothingToCompare, Regressed
 from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, measured_points, sample
-from kpdeploy.monitoring.history import Entry, branch, values_of
+from kpdeploy.monitoring.history import Entry, values_of
 from kpdeploy.monitoring.regression import Criteria, Judgement, judge, judge_pairs
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.signature import Point, Signature
 
 BLOCK = 12
-"""Windows of a block: two blocks are enough for a first look."""
+"""Windows of a block: two blocks are enough for a first look, three for an answer where they differ."""
 
 LOOKS = 8
 """How often the detector is asked at most; there are as many blocks, and one."""
 
 LEAST_CALLS = 3
+"""Of a window by the clock, of which others' load may hit one; without that load, one call is enough."""
 WINDOW_MS = 60
 """The length of a window, where it need not be longer for LEAST_CALLS."""
 
@@ -48,6 +50,8 @@ TAIL = 5
 """A p99 of a short window is its slowest call: it counts from this many times the effect on."""
 
 MEMORY_EFFECT = 0.1
+OWN = "own_time"
+"""In the environment of windows: whether they are without what the process waited for a core."""
 SAME_MACHINE = ("cpu", "cores", "gpus")
 
 
@@ -93,8 +97,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was compared. `old` and `new` are medians in `unit`; the values are those of the windows. Where
-    the clock did not tell (`hidden` says what it showed), the processor time did."""
+    """One thing that was compared. `old` and `new` are medians in `unit`; the values are those of the windows."""
 
     what: str
     unit: str
@@ -104,7 +107,6 @@ class Finding:
     old_values: tuple[float, ...] = ()
     new_values: tuple[float, ...] = ()
     point: Mapping[str, int] = field(default_factory=dict)
-    hidden: Judgement | None = None
 
     @property
     def decisive(self) -> bool:
@@ -169,7 +171,7 @@ class CheckReport:
             values=values_of(self.windows),
             windows=self.windows,
             environment=self.environment,
-            label=branch(),
+            label=checkout.branch(),
             outcome=self.outcome,
         )
 
@@ -210,7 +212,7 @@ def check_versions(
     started = time.monotonic()
     same_model(new.manifest, old.manifest, new.name, old.name)
     where = _points(new.manifest.signature, points)
-    measured = _Measured(where)
+    measured = _Measured(where, own=threads == 1)
     found: tuple[Finding, ...] = ()
     answers: tuple[Comparison, ...] = ()
     notes: tuple[str, ...] = ()
@@ -218,7 +220,7 @@ def check_versions(
         for block in range(LOOKS + 1):
             begun = time.monotonic()
             with ExitStack() as stack:
-                pair = [stack.enter_context(side.process(threads)) for side in (old, new)]
+                pair = processes_of(stack, (old, new), threads, turned=block % 2 == 1)
                 if block == 0:
                     answers, notes = _answers(pair[1], new, old)
                 measured.take(pair, new.manifest.signature, block)
@@ -226,8 +228,7 @@ def check_versions(
             now = time.monotonic()
             if block == 0:
                 continue
-            # Two clocks, each asked at every look.
-            found = measured.findings(replace(criteria, looks=2 * LOOKS * criteria.looks))
+            found = measured.findings(replace(criteria, looks=LOOKS * criteria.looks))
             undecided = any(f.unknown and f.decisive for f in found)
             # Another block takes about as long as this one.
             if not undecided or now - started + (now - begun) > seconds:
@@ -238,12 +239,20 @@ def check_versions(
         new=new.name,
         findings=found,
         answers=answers,
-        notes=notes,
+        notes=(*notes, *measured.notes()),
         windows=measured.windows(),
         criteria=criteria,
-        environment={**environment(), **conditions(), "threads": threads},
+        environment={**environment(), **conditions(), "threads": threads, OWN: measured.own},
         seconds=time.monotonic() - started,
     )
+
+
+def processes_of(stack: ExitStack, sides: Sequence[Side], threads: int, *, turned: bool) -> list[RuntimeProcess]:
+    """A process of each side. The one that starts later is often a little faster: they take turns in that, too."""
+    processes = [side.process(threads) for side in sides]
+    for process in reversed(processes) if turned else processes:
+        stack.enter_context(process)
+    return processes
 
 
 def check_against(
@@ -260,9 +269,9 @@ def check_against(
     here = environment()
     _comparable(new, stored, here)
     signature = new.manifest.signature
-    measured = _Measured([dict(entry.point) for entry in stored.windows])
+    threads = int(stored.environment.get("threads", 0))
+    measured = _Measured([dict(entry.point) for entry in stored.windows], own=bool(stored.environment.get(OWN)))
     with (progress or Progress()).step(f"measuring {new.name}", total=LOOKS + 1) as advance, ExitStack() as stack:
-        threads = int(stored.environment.get("threads", 0))
         process = stack.enter_context(new.process(threads))
         answers, notes = _answers(process, new, None)
         for block in range(LOOKS + 1):
@@ -282,77 +291,86 @@ def check_against(
         new=new.name,
         findings=findings,
         answers=answers,
-        notes=(*notes, f"{stored.name} was measured at another time: give a version to measure it beside"),
+        notes=(
+            *notes,
+            *measured.notes(),
+            f"{stored.name} was measured at another time: give a version to measure it beside",
+        ),
         windows=measured.windows(),
         criteria=criteria,
-        environment={**here, **conditions(), "threads": threads},
+        environment={**here, **conditions(), "threads": threads, OWN: measured.own},
         seconds=time.monotonic() - started,
     )
 
 
 class _Measured:
-    """Times of all windows so far: by side (old, new), point and window; by the clock and of processors."""
+    """Times of all windows so far, by side (old, new), point and window. With `own` they are without what the processes
+    waited for a core, if the kernel tells it."""
 
-    def __init__(self, points: Sequence[Point]) -> None:
+    def __init__(self, points: Sequence[Point], *, own: bool) -> None:
         self.points = list(points)
+        self.own = own
         self.calls = [0] * len(points)
         self.blocks: list[int] = []
         self.taken: dict[int, list[list[list[float]]]] = {}
-        self.processor: dict[int, list[list[list[float]]]] = {}
         self.memory: dict[int, list[int]] = {}
+        self.clock_ms = 0.0
+        self.judged_ms = 0.0
 
     def take(self, processes: Sequence[RuntimeProcess], signature: Signature, block: int) -> None:
-        """One block: the sides take turns, the first one changing."""
+        """One block: the sides take turns, call by call, the first one changing."""
         arrays = [list(sample(signature, point, np.random.default_rng(0)).values()) for point in self.points]
         for where, request in enumerate(arrays):
-            usual = [statistics.median(p.time(request, seconds=0, at_least=2)) for p in processes]
-            self.calls[where] = self.calls[where] or max(LEAST_CALLS, min(20, round(WINDOW_MS / min(usual))))
+            self._begin(processes, where, request)
         for window in range(BLOCK):
-            order = list(range(len(processes)))
+            order = list(enumerate(processes))
             for where, request in enumerate(arrays):
-                for side in order if window % 2 else reversed(order):
-                    self._take_one(processes[side], side, where, request)
+                self._window(order if window % 2 else order[::-1], where, request)
             self.blocks.append(block)
         for side, process in enumerate(processes):
             self.memory.setdefault(side, []).append(process.peak_bytes)
 
-    def _take_one(self, process: RuntimeProcess, side: int, where: int, request: list[Array]) -> None:
-        times = process.time_both(request, seconds=0, at_least=self.calls[where], warmup=0)
-        for kept, found in zip((self.taken, self.processor), times, strict=True):
-            kept.setdefault(side, [[] for _ in self.points])[where].append(found)
+    def _begin(self, processes: Sequence[RuntimeProcess], where: int, request: list[Array]) -> None:
+        """Warm up, and see how many calls make a window."""
+        usual = []
+        for process in processes:
+            clock, own = process.time_both(request, seconds=0, at_least=1, warmup=2)
+            self.own = self.own and bool(own)
+            usual.append(statistics.median(own if self.own else clock))
+        least = 1 if self.own else LEAST_CALLS
+        self.calls[where] = self.calls[where] or max(least, min(20, round(WINDOW_MS / min(usual))))
+
+    def _window(self, order: Sequence[tuple[int, RuntimeProcess]], where: int, request: list[Array]) -> None:
+        taken: dict[int, list[float]] = {side: [] for side, _ in order}
+        for _ in range(self.calls[where]):
+            for side, process in order:
+                clock, own = process.time_both(request, seconds=0, at_least=1, warmup=0)
+                judged = own if self.own else clock
+                taken[side] += judged
+                self.clock_ms, self.judged_ms = self.clock_ms + sum(clock), self.judged_ms + sum(judged)
+        for side, window in taken.items():
+            self.taken.setdefault(side, [[] for _ in self.points])[where].append(window)
 
     def percentile(self, side: int, percentile: float) -> list[list[float]]:
-        """By point, the percentile of each window by the clock."""
+        """By point, the percentile of each window."""
         return [[float(np.percentile(w, percentile)) for w in windows] for windows in self.taken[side]]
 
     def findings(self, criteria: Criteria) -> tuple[Finding, ...]:
         tails = replace(criteria, effect=criteria.effect * TAIL)
-        medians = zip(
-            self.points, self.percentile(0, 50), self.percentile(1, 50), self._used(0), self._used(1), strict=True
-        )
-        found = [self._median(*entry, criteria) for entry in medians]
-        for point, old, new in zip(self.points, self.percentile(0, 99), self.percentile(1, 99), strict=True):
-            found.append(
-                _finding(f"p99 {_named(point)}", old, new, judge_pairs(old, new, tails, blocks=self.blocks), point)
-            )
+        found = []
+        for name, percentile, asked in (("p50", 50, criteria), ("p99", 99, tails)):
+            sides = (self.percentile(side, percentile) for side in (0, 1))
+            for point, old, new in zip(self.points, *sides, strict=True):
+                judgement = judge_pairs(old, new, asked, blocks=self.blocks)
+                found.append(_finding(f"{name} {_named(point)}", old, new, judgement, point))
         return (*found, self._memory())
 
-    def _used(self, side: int) -> list[list[float]]:
-        return [[statistics.median(window) for window in windows] for windows in self.processor[side]]
-
-    def _median(
-        self, point: Point, old: list[float], new: list[float], used: list[float], uses: list[float], criteria: Criteria
-    ) -> Finding:
-        """By the clock; or by processor time, where only that tells."""
-        clock = judge_pairs(old, new, criteria, blocks=self.blocks)
-        found = _finding(f"p50 {_named(point)}", old, new, clock, point)
-        if clock.outcome != "unknown":
-            return found
-        processor = judge_pairs(used, uses, criteria, blocks=self.blocks)
-        if processor.outcome == "unknown":
-            return found
-        told = replace(processor, reason=f"{processor.reason} of processor time")
-        return replace(_finding(f"{found.what} processor", used, uses, told, point), hidden=clock)
+    def notes(self) -> tuple[str, ...]:
+        """What the times are, where they are not the clock's."""
+        if not self.own or self.clock_ms < 1.02 * self.judged_ms:
+            return ()
+        waited = 1 - self.judged_ms / self.clock_ms
+        return (f"the machine was busy: {waited:.0%} of the time went by waiting for a core, and is left out",)
 
     def _memory(self) -> Finding:
         """Sizes hardly vary: worse is what is larger in every process than in any of the old version's."""

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -347,19 +345,6 @@ def record(entry: Entry) -> str:
             history.append(entry)
     except HistoryUnusable as error:
         return error.in_a_line
-    return ""
-
-
-def branch() -> str:
-    """The branch that this runs on: what CI says, else git's; "" where neither knows."""
-    for name in ("GITHUB_REF_NAME", "CI_COMMIT_REF_NAME", "BRANCH_NAME"):
-        if said := os.environ.get(name):
-            return said
-    if shutil.which("git") is None:
-        return ""
-    words = ["git", "symbolic-ref", "--quiet", "--short", "HEAD"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return ""
 
 

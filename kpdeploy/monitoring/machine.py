@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -12,6 +14,7 @@ import psutil
 
 FAMILY_SECONDS = 60.0
 SAMPLE_SECONDS = 0.5
+THREADS_SECONDS = 5.0
 STAT = Path("/proc/stat")
 
 
@@ -70,16 +73,70 @@ class Processes:
 
     def slowdown(self) -> float | None:
         """Time in which their threads ran or waited for a core, over the time they ran, since the last call."""
-        times = {}
-        for process in self.members():
-            for file in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
-                with contextlib.suppress(OSError, ValueError):
-                    nanoseconds = file.read_text().split()
-                    times[str(file)] = int(nanoseconds[0]), int(nanoseconds[1])
+        times = _times(_threads(process.pid for process in self.members()))
         before, self._before = self._before, times
-        known = [(times[file], before[file]) for file in times.keys() & before.keys()]
-        ran, waited = (sum(now[k] - then[k] for now, then in known) for k in (0, 1))
+        ran, waited = _since(before, times)
         return (ran + waited) / ran if ran > 0 else None
+
+
+class Waits:
+    """What one request would have taken on free cores: without the time in which threads of the server's processes, or
+    of this one, could run and had no core. The kernel counts that, thread by thread; only on this machine."""
+
+    def __init__(self, url: str) -> None:
+        self._processes = Processes(url) if is_local(url) else None
+        self._threads: list[FileIO] = []
+        self._before: dict[str, tuple[int, int]] = {}
+        self._start = 0.0
+        self._look()
+
+    def begin(self) -> None:
+        """A request is about to be sent."""
+        self._before = _times(self._threads)
+        self._start = time.monotonic()
+
+    def own_seconds(self) -> float | None:
+        """Its answer is there: what it took since `begin`; None where nobody can tell."""
+        took = time.monotonic() - self._start
+        ran, waited = (nanoseconds / 1e9 for nanoseconds in _since(self._before, _times(self._threads)))
+        # Looking for threads takes a while, and must not delay a request.
+        if time.monotonic() - self._looked > THREADS_SECONDS:
+            self._look()
+        if ran <= 0:
+            return None
+        # Where other requests are under way, their threads wait too: then the share of the time that all waited.
+        return max(took - waited, took * ran / (ran + waited))
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        pids = [process.pid for process in self._processes.members()] if self._processes is not None else []
+        self._threads = _threads([*pids, os.getpid()]) if pids else []
+
+
+def _threads(pids: Iterable[int]) -> list[FileIO]:
+    """Where the kernel tells of each thread of these processes how long it ran and waited, opened."""
+    found = []
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+            with contextlib.suppress(OSError):
+                found.append(FileIO(file))
+    return found
+
+
+def _times(threads: Iterable[FileIO]) -> dict[str, tuple[int, int]]:
+    """Nanoseconds that each thread ran, and waited for a core; without those that ended."""
+    found = {}
+    for file in threads:
+        with contextlib.suppress(OSError, ValueError):
+            ran, waited, _ = os.pread(file.fileno(), 64, 0).split()
+            found[str(file.name)] = int(ran), int(waited)
+    return found
+
+
+def _since(before: Mapping[str, tuple[int, int]], now: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    known = [(now[file], before[file]) for file in now.keys() & before.keys()]
+    ran, waited = (sum(after[k] - earlier[k] for after, earlier in known) for k in (0, 1))
+    return ran, waited
 
 
 def _family(port: int) -> list[psutil.Process]:

@@ -34,6 +34,13 @@ LATENCY = Metric(
     labels=(*VERSION, "point"),
     help="Time from when a golden request was due to its answer, for requests that got one.",
 )
+OWN_LATENCY = Metric(
+    name="kpdeploy_probe_own_latency_seconds",
+    kind="histogram",
+    labels=(*VERSION, "point"),
+    help="Time from sending a golden request to its answer, without what threads of the server and of the probe waited "
+    "for a core; absent unless both are on one machine whose kernel tells.",
+)
 REQUESTS = Metric(
     name="kpdeploy_probe_requests_total",
     kind="counter",
@@ -115,6 +122,7 @@ CLOCK = Metric(
 
 ALL = (
     LATENCY,
+    OWN_LATENCY,
     REQUESTS,
     ERRORS,
     WRONG,

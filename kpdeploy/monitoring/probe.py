@@ -23,7 +23,7 @@ from kpdeploy.deployment import Deployment
 from kpdeploy.errors import DigestMismatch, KpdeployError, ModelNotServed, Unreachable
 from kpdeploy.inputs import Array, point_name, point_of
 from kpdeploy.monitoring import metrics
-from kpdeploy.monitoring.machine import SAMPLE_SECONDS, Demand, Processes, is_local
+from kpdeploy.monitoring.machine import SAMPLE_SECONDS, Demand, Processes, Waits, is_local
 from kpdeploy.serving.client import (
     Client,
     TorchServeClient,
@@ -93,10 +93,10 @@ class Exporter:
         def counter(m: metrics.Metric) -> Counter:
             return Counter(m.name, m.help, m.labels, registry=self.registry)
 
-        latency = metrics.LATENCY
-        self.latency = Histogram(
-            latency.name, latency.help, latency.labels, buckets=metrics.BUCKETS_SECONDS, registry=self.registry
-        )
+        def histogram(m: metrics.Metric) -> Histogram:
+            return Histogram(m.name, m.help, m.labels, buckets=metrics.BUCKETS_SECONDS, registry=self.registry)
+
+        self.latency, self.own_latency = histogram(metrics.LATENCY), histogram(metrics.OWN_LATENCY)
         self.requests, self.errors, self.wrong = map(counter, (metrics.REQUESTS, metrics.ERRORS, metrics.WRONG))
         self.drift, self.tolerance = gauge(metrics.DRIFT), gauge(metrics.DRIFT_TOLERANCE)
         self.up, self.ready = gauge(metrics.UP), gauge(metrics.READY)
@@ -121,8 +121,8 @@ class Exporter:
         """Remove the series of a version that is no longer asked for."""
         wanted = dict(zip(metrics.VERSION, labels, strict=True))
         every = (
-            self.latency, self.requests, self.errors, self.wrong, self.drift, self.tolerance, self.up, self.ready,
-            self.artifact, self.matches, self.demand, self.slowdown, self.memory,
+            self.latency, self.own_latency, self.requests, self.errors, self.wrong, self.drift, self.tolerance,
+            self.up, self.ready, self.artifact, self.matches, self.demand, self.slowdown, self.memory,
         )  # fmt: skip
         for metric in every:
             metric.remove_by_labels(wanted)
@@ -151,6 +151,15 @@ class Connection:
             with suppress(Exception):
                 self.client.close()
         self.client = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a golden request took: `seconds` from when it was due to its answer; `own_seconds` from when it was sent,
+    without waiting for cores, where that can be told."""
+
+    seconds: float
+    own_seconds: float | None
 
 
 @dataclass
@@ -196,6 +205,7 @@ class Probe:
         self._look = _Look()
         self._demand = Demand()
         self._processes = Processes(url)
+        self._waits = Waits(url)
         self._lock = threading.Lock()
         exporter.begin(self.golden)
 
@@ -209,9 +219,9 @@ class Probe:
         self._asking.drop()
         self._looking.drop()
 
-    def ask(self, index: int, due: float) -> float | None:
-        """One golden request, due at `due` seconds of time.monotonic: how long from then to its answer in seconds;
-        None without an answer, of which `last_failure` says why."""
+    def ask(self, index: int, due: float) -> Taken | None:
+        """One golden request, due at `due` seconds of time.monotonic: what it took; None without an answer, of which
+        `last_failure` says why."""
         with self._lock:
             golden = self.golden
         exporter, labels = self._exporter, golden.labels
@@ -223,16 +233,19 @@ class Probe:
             self.last_failure = "it was due while the ones before it still waited for their answers"
             return None
         exchange = golden.exchanges[which]
+        self._waits.begin()
         try:
             answer = ask_golden(self._asking.get(), golden.deployment.manifest, exchange)
         except KpdeployError as error:
             self._failed(labels, error)
             return None
-        seconds = time.monotonic() - due
-        exporter.latency.labels(*labels, golden.points[which]).observe(seconds)
+        taken = Taken(seconds=time.monotonic() - due, own_seconds=self._waits.own_seconds())
+        exporter.latency.labels(*labels, golden.points[which]).observe(taken.seconds)
+        if taken.own_seconds is not None:
+            exporter.own_latency.labels(*labels, golden.points[which]).observe(taken.own_seconds)
         self._reached(labels, "")
         self._judge(golden, which, answer)
-        return seconds
+        return taken
 
     def _judge(self, golden: Golden, which: int, answer: Mapping[str, Array]) -> None:
         found = compare(answer, golden.exchanges[which].outputs, golden.deployment.manifest.tolerances)

@@ -16,6 +16,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+T_99 = (31.821, 6.965, 4.541, 3.747, 3.365, 3.143, 2.998, 2.896)
+T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860)
+"""Student's t of 1 to 8 degrees of freedom, one-sided; the last is good for more, and a little strict."""
+
 Outcome = Literal["regressed", "improved", "equal", "unknown"]
 Values = npt.NDArray[np.float64]
 
@@ -71,7 +75,8 @@ def judge_pairs(
     old: Sequence[float], new: Sequence[float], criteria: Criteria, *, blocks: Sequence[int] = ()
 ) -> Judgement:
     """Compare interleaved windows: `old[i]` and `new[i]` were taken side by side, so that what slows the machine slows
-    both. `blocks[i]` is the block of a pair (such as the pair of processes it was measured in): each must agree."""
+    both. `blocks[i]` is the block of a pair, such as the pair of processes it was measured in: what all windows of a
+    block share is no evidence, so that the medians of the blocks must tell the same, by their own spread."""
     difference = _log(new) - _log(old)
     count = len(difference)
     if count < criteria.windows:
@@ -82,7 +87,8 @@ def judge_pairs(
     spread = math.sqrt(count * (count + 1) * (2 * count + 1) / 24)
     numbers = np.asarray(blocks) if len(blocks) else np.repeat([0, 1], [count // 2, count - count // 2])
     pieces = [float(np.median(difference[numbers == number])) for number in np.unique(numbers)]
-    return _judged(averages, spread, p, p_better, pieces, criteria, windows=count)
+    found = _judged(averages, spread, p, p_better, pieces, criteria, windows=count)
+    return _among_blocks(found, pieces, criteria) if len(blocks) else found
 
 
 def first_alarm(
@@ -151,6 +157,19 @@ def _judged(
     return replace(
         found, reason=f"{low:+.1%} to {high:+.1%} is too wide to tell" if low < bar else "not yet significant"
     )
+
+
+def _among_blocks(found: Judgement, pieces: Sequence[float], criteria: Criteria) -> Judgement:
+    """The judgement, or unknown where the blocks differ so much among each other that few more could turn it."""
+    if found.outcome == "unknown":
+        return found
+    middle, degrees = float(np.mean(pieces)), len(pieces) - 1
+    error = float(np.std(pieces, ddof=1)) / math.sqrt(len(pieces)) if degrees else math.inf
+    sure, bound = (t[min(degrees, len(t)) - 1] * error for t in (T_99, T_95))
+    doubtful = middle - sure <= 0 if found.outcome == "regressed" else middle + bound >= math.log1p(criteria.effect)
+    if not doubtful:
+        return found
+    return replace(found, outcome="unknown", reason=f"{found.ratio - 1:+.1%}, but the blocks differ too much to tell")
 
 
 def mann_whitney(old: Values, new: Values) -> float:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kpdeploy.baseline import BUCKETS_SECONDS
 from kpdeploy.monitoring import metrics
-from kpdeploy.monitoring.alerts import Alert, Intervals, Slo, Watched, alerts_of
+from kpdeploy.monitoring.alerts import Alert, Intervals, Slo, Watched, alerts_everywhere, alerts_of
 
 Series = dict[str, str]
 """Values by series, in promtool's notation."""
@@ -19,6 +19,7 @@ MINUTES = 12
 def test_file(models: Sequence[Watched], *, slo: Slo, intervals: Intervals, runbook: str, rules: str) -> dict[str, Any]:
     """The contents of a file for `promtool test rules`: `rules` is the name of the rules file beside it."""
     cases = [case for model in models for case in _cases(model, slo, intervals, runbook)]
+    cases += _memory_cases(intervals, runbook)
     return {"rule_files": [rules], "evaluation_interval": f"{intervals.every}s", "tests": cases}
 
 
@@ -35,6 +36,12 @@ def _cases(model: Watched, slo: Slo, intervals: Intervals, runbook: str) -> Iter
             slow = any(key.startswith(metrics.LATENCY.name) for key in harm)
             kept = {k: v for k, v in healthy.items() if not (slow and k.startswith(metrics.LATENCY.name))}
             yield _case(model, name, {**kept, **harm}, intervals, [(alerts[name], True)], runbook)
+    if model.served is not None and model.served.own:
+        steps = MINUTES * 60 // intervals.every
+        kept = {k: v for k, v in healthy.items() if not k.startswith(metrics.LATENCY.name)}
+        busy = {**_latencies(model, steps, 2 * model.ratio, slo), **_own_latencies(model, steps, 0.8, slo)}
+        quiet = [(alerts["KpdeployLatencyRegressed"], False)]
+        yield _case(model, "slow because others have the cores", {**kept, **busy}, intervals, quiet, runbook)
 
 
 def _case(
@@ -45,19 +52,36 @@ def _case(
     expected: Sequence[tuple[Alert, bool]],
     runbook: str,
 ) -> dict[str, Any]:
+    told = [(alert, [_expected(model, alert, runbook)] if fires else []) for alert, fires in expected]
+    return _named_case(f"{model.name}: {name}", series, intervals, told)
+
+
+def _named_case(
+    name: str, series: Series, intervals: Intervals, expected: Sequence[tuple[Alert, list[dict[str, Any]]]]
+) -> dict[str, Any]:
     return {
-        "name": f"{model.name}: {name}",
+        "name": name,
         "interval": f"{intervals.every}s",
         "input_series": [{"series": key, "values": values} for key, values in series.items()],
         "alert_rule_test": [
-            {
-                "eval_time": f"{MINUTES}m",
-                "alertname": alert.name,
-                "exp_alerts": [_expected(model, alert, runbook)] if fires else [],
-            }
-            for alert, fires in expected
+            {"eval_time": f"{MINUTES}m", "alertname": alert.name, "exp_alerts": told} for alert, told in expected
         ],
     }
+
+
+def _memory_cases(intervals: Intervals, runbook: str) -> Iterator[dict[str, Any]]:
+    """The memory of a machine without a GPU, and of GPUs with room and without."""
+    (alert,) = (alert for alert in alerts_everywhere() if alert.name == "KpdeployMemoryFull")
+    rule, steps = alert.rule(runbook), MINUTES * 60 // intervals.every
+    kinds = (("a machine without a GPU", "cpu", "", 50), ("a GPU with room", "gpu", "GPU-1", 50))
+    for name, kind, uuid, percent in (*kinds, ("a full GPU", "gpu", "GPU-1", 96), ("a full machine", "cpu", "", 96)):
+        labels = {"gpu_uuid": uuid} if uuid else {}
+        told = {"exp_labels": {**rule["labels"], **labels}, "exp_annotations": rule["annotations"]}
+        series = {
+            f"nv_{kind}_memory_{what}_bytes{_braced(labels)}": f"{size}x{steps}"
+            for what, size in (("used", percent), ("total", 100))
+        }
+        yield _named_case(name, series, intervals, [(alert, [told] if percent > 95 else [])])
 
 
 def _expected(model: Watched, alert: Alert, runbook: str) -> dict[str, Any]:
@@ -68,7 +92,10 @@ def _expected(model: Watched, alert: Alert, runbook: str) -> dict[str, Any]:
 
 
 def _labels(model: Watched, **more: str) -> str:
-    labels = {"model": model.deployment.model, "version": str(model.deployment.version), **more}
+    return _braced({"model": model.deployment.model, "version": str(model.deployment.version), **more})
+
+
+def _braced(labels: Mapping[str, str]) -> str:
     return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
 
 
@@ -104,14 +131,26 @@ def _bounds(seconds: float, slo: Slo) -> list[float]:
 
 def _latencies(model: Watched, steps: int, factor: float, slo: Slo) -> Series:
     """Every request takes `factor` times its baseline."""
+    taken = {point: factor * expected.p50 for point, expected in model.expected.items()}
+    return _histograms(model, metrics.LATENCY, taken, steps, slo)
+
+
+def _own_latencies(model: Watched, steps: int, factor: float, slo: Slo) -> Series:
+    """The same without what is waited for cores; nothing where that is not known."""
+    known = {point: expected.own_p50 for point, expected in model.expected.items()}
+    taken = {point: factor * seconds for point, seconds in known.items() if seconds is not None}
+    return _histograms(model, metrics.OWN_LATENCY, taken, steps, slo)
+
+
+def _histograms(model: Watched, metric: metrics.Metric, taken: Mapping[str, float], steps: int, slo: Slo) -> Series:
+    """One request a step at each point, which takes these seconds."""
     series = {}
-    for point, expected in model.expected.items():
-        seconds = factor * expected.p50
+    for point, seconds in taken.items():
         for bound in _bounds(seconds, slo):
             le = "+Inf" if bound == float("inf") else str(bound)
             values = f"0+1x{steps}" if bound >= seconds else f"0x{steps}"
-            series[f"{metrics.LATENCY.name}_bucket" + _labels(model, point=point, le=le)] = values
-        series[f"{metrics.LATENCY.name}_count" + _labels(model, point=point)] = f"0+1x{steps}"
+            series[f"{metric.name}_bucket" + _labels(model, point=point, le=le)] = values
+        series[f"{metric.name}_count" + _labels(model, point=point)] = f"0+1x{steps}"
     return series
 
 
@@ -131,7 +170,10 @@ def _harms(model: Watched, intervals: Intervals, slo: Slo) -> dict[str, Series]:
         "KpdeploySloAvailabilityTicket": {metrics.WRONG.name + _labels(model): all_fail},
         "KpdeploySloLatencyPage": _latencies(model, steps, 1e9, slo),
         **_counted(model, steps),
-        "KpdeployLatencyRegressed": _latencies(model, steps, 2 * model.ratio, slo),
+        "KpdeployLatencyRegressed": {
+            **_latencies(model, steps, 2 * model.ratio, slo),
+            **_own_latencies(model, steps, 2 * model.ratio, slo),
+        },
     }
 
 

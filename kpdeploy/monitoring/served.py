@@ -22,43 +22,39 @@ import numpy as np
 from kpdeploy.baseline import BUCKETS_SECONDS, histogram
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import BaselineUnusable, ClockSkewed, LoadFailed, RepositoryBroken, RepositoryUnwritable
-from kpdeploy.monitoring.machine import Demand, Processes, is_local
-from kpdeploy.monitoring.probe import Exporter, Probe, schedule
+from kpdeploy.monitoring.machine import Demand, is_local
+from kpdeploy.monitoring.probe import Exporter, Probe, Taken, schedule
 from kpdeploy.progress import Progress
 from kpdeploy.serving.client import verify
 
 SERVED = "served.json"
-SCHEMA = 1
+SCHEMA = 2
 MIN_WINDOWS = 20
 _CLOCK_TOLERANCE = timedelta(minutes=5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PointLatency:
-    """One golden request: p50 and p99 of each window, in seconds, and all latencies in BUCKETS_SECONDS and beyond."""
+    """One golden request: p50 and p99 of each window, in seconds, and all latencies in BUCKETS_SECONDS and beyond. What
+    is `own` is without what was waited for cores, and empty where that cannot be told."""
 
     point: str
     p50_seconds: tuple[float, ...]
     p99_seconds: tuple[float, ...]
     counts: tuple[int, ...]
+    own_p50_seconds: tuple[float, ...] = ()
+    own_counts: tuple[int, ...] = ()
 
     @property
     def median(self) -> float:
         """As Prometheus computes it from the same buckets."""
         return quantile(0.5, self.counts)
 
-    @property
-    def spread(self) -> float:
-        """Relative spread of the windows' medians: 1.4826 × the median absolute deviation (σ, were they normal)."""
-        middle = statistics.median(self.p50_seconds)
-        return 1.4826 * statistics.median(abs(value - middle) for value in self.p50_seconds) / middle
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServedBaseline:
-    """What the probe saw of one version. `rate` is in requests/s, `recorded` an ISO time. `demand` and `slowdown` are
-    those of the machine and of the server's processes (see kpdeploy.monitoring.machine) in each window; empty where the
-    server was elsewhere."""
+    """What the probe saw of one version. `rate` is in requests/s, `recorded` an ISO time. `demand` is that of the
+    machine (see kpdeploy.monitoring.machine) in each window; empty where the server was elsewhere."""
 
     model: str
     version: int
@@ -67,7 +63,21 @@ class ServedBaseline:
     rate: float
     points: tuple[PointLatency, ...]
     demand: tuple[float, ...]
-    slowdown: tuple[float, ...]
+
+    @property
+    def own(self) -> bool:
+        """Whether it tells latencies without what was waited for cores."""
+        return all(point.own_p50_seconds for point in self.points)
+
+    @property
+    def spread(self) -> float:
+        """Relative spread of the windows, each the mean over the golden requests, as the rules judge them: 1.4826 × the
+        median absolute deviation (σ, were they normal)."""
+        taken = [point.own_p50_seconds if self.own else point.p50_seconds for point in self.points]
+        shared = [values[: min(map(len, taken))] for values in taken]
+        windows = [statistics.fmean(column) for column in zip(*map(_relative, shared), strict=True)]
+        middle = statistics.median(windows)
+        return 1.4826 * statistics.median(abs(value - middle) for value in windows) / middle
 
     def write(self, path: Path) -> None:
         """Raises RepositoryUnwritable."""
@@ -94,7 +104,7 @@ class ServedBaseline:
             if data.pop("schema") != SCHEMA:
                 raise ValueError(f"schema is not {SCHEMA}")
             points = tuple(_read_point(entry) for entry in data["points"])
-            found = cls(**{**data, "points": points, **{n: tuple(data[n]) for n in ("demand", "slowdown")}})
+            found = cls(**{**data, "points": points, "demand": tuple(data["demand"])})
             recorded = datetime.fromisoformat(found.recorded)
             if any(len(p.counts) != len(BUCKETS_SECONDS) + 1 or not p.p50_seconds for p in points) or not points:
                 raise ValueError("its histograms have other buckets")
@@ -119,12 +129,13 @@ class ServedBaseline:
 
 
 def _read_point(data: Mapping[str, Any]) -> PointLatency:
-    return PointLatency(
-        point=data["point"],
-        p50_seconds=tuple(data["p50_seconds"]),
-        p99_seconds=tuple(data["p99_seconds"]),
-        counts=tuple(data["counts"]),
-    )
+    values = {name: tuple(entry) for name, entry in data.items() if name != "point"}
+    return PointLatency(point=data["point"], **values)
+
+
+def _relative(values: Sequence[float]) -> list[float]:
+    middle = statistics.median(values)
+    return [value / middle for value in values]
 
 
 def served_path(deployment: Deployment) -> Path:
@@ -164,9 +175,8 @@ def record(
     )
     golden = probe.golden
     per_window = max(len(golden.exchanges), round(rate * window_seconds))
-    taken: list[dict[str, list[float]]] = []
+    taken: list[dict[str, list[Taken]]] = []
     demand, meter = [], Demand()
-    slowdown, processes = [], Processes(url)
     title = f"recording the served baseline of {model}: {windows} windows of {per_window / rate:.0f} s"
     with progress.step(title, total=windows) as advance:
         for index, due in schedule(1 / rate, threading.Event()):
@@ -174,21 +184,19 @@ def record(
                 if index:
                     if (ratio := meter.ratio()) is not None:
                         demand.append(round(ratio, 4))
-                    if is_local(url) and (waited := processes.slowdown()) is not None:
-                        slowdown.append(round(waited, 4))
                     advance()
                 if index == windows * per_window:
                     break
                 taken.append(defaultdict(list))
             meter.sample()
-            seconds = probe.ask(index, due)
-            if seconds is None:
+            answered = probe.ask(index, due)
+            if answered is None:
                 raise LoadFailed(
                     f"a golden request of {model} failed while its baseline was recorded",
                     why=probe.last_failure,
                     next_step="look at the server's log, and record again when it serves without errors",
                 )
-            taken[-1][golden.points[index % len(golden.points)]].append(seconds)
+            taken[-1][golden.points[index % len(golden.points)]].append(answered)
     return ServedBaseline(
         model=golden.deployment.model,
         version=golden.deployment.version,
@@ -197,20 +205,28 @@ def record(
         rate=rate,
         points=tuple(_point(point, taken) for point in dict.fromkeys(golden.points)),
         demand=tuple(demand) if is_local(url) else (),
-        slowdown=tuple(slowdown),
     )
 
 
-def _point(point: str, windows: Sequence[Mapping[str, Sequence[float]]]) -> PointLatency:
-    values = [window[point] for window in windows if window.get(point)]
-    if not values:
+def _point(point: str, windows: Sequence[Mapping[str, Sequence[Taken]]]) -> PointLatency:
+    asked = [window[point] for window in windows if window.get(point)]
+    if not asked:
         raise RepositoryBroken(f"no golden request for {point} was asked")
+    values = [[taken.seconds for taken in window] for window in asked]
+    own = [[taken.own_seconds for taken in window if taken.own_seconds is not None] for window in asked]
+    known = all(own)
     return PointLatency(
         point=point,
-        p50_seconds=tuple(round(float(np.percentile(v, 50)), 7) for v in values),
-        p99_seconds=tuple(round(float(np.percentile(v, 99)), 7) for v in values),
+        p50_seconds=_percentile(50, values),
+        p99_seconds=_percentile(99, values),
         counts=histogram([seconds for v in values for seconds in v]),
+        own_p50_seconds=_percentile(50, own) if known else (),
+        own_counts=histogram([seconds for v in own for seconds in v]) if known else (),
     )
+
+
+def _percentile(percentile: float, windows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(round(float(np.percentile(window, percentile)), 7) for window in windows)
 
 
 def quantile(q: float, counts: Sequence[int]) -> float:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kpdeploy import checkout
 from kpdeploy.artifact import MOUNT, Manifest
 from kpdeploy.baseline import Baseline, Exchange
 from kpdeploy.compare import TOLERANCES, Budget
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import UnknownName
+from kpdeploy.errors import KpdeployError, UnknownName
 from kpdeploy.hardware import conditions, environment
 from kpdeploy.inputs import Array, Tensors, lead_axis, measured_points, sample
 from kpdeploy.model import Model
-from kpdeploy.monitoring.history import Entry, branch, record, values_of
+from kpdeploy.monitoring.history import Entry, record, values_of
 from kpdeploy.ops.libraries import contract
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
 from kpdeploy.pipeline.graphs import OnGpu
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class ExportReport:
     """What `export` did: every candidate, every decision, and where the result is. `fusions` are what the fused
-    candidates hold, whether or not one of them was chosen."""
+    candidates hold, whether or not one of them was chosen; `active` says whether the version is what is served."""
 
     deployment: Deployment
     candidates: tuple[Candidate, ...]
@@ -64,11 +63,13 @@ class ExportReport:
     baseline: Baseline
     seconds: float
     peak_bytes: int
+    active: bool
 
     def to_json(self) -> dict[str, Any]:
         return {
             "repository": self.deployment.repository,
             "folder": self.deployment.folder,
+            "active": self.active,
             "seconds": round(self.seconds, 2),
             "peak_bytes": self.peak_bytes,
             "baseline": [asdict(entry) for entry in self.baseline.latencies],
@@ -100,6 +101,7 @@ def export(
     mount: str = MOUNT,
     serving: Mapping[str, Any] | None = None,
     examine: Callable[[Deployment], None] | None = None,
+    activate: bool = True,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Export a model, prove each artifact, and publish the fastest that passed as the next version in `repo`.
@@ -129,6 +131,7 @@ def export(
             many instances and as large a batch as fit.
         examine: called with the version in a repository of its own before it goes into `repo`: what this raises, export
             raises, and publishes nothing.
+        activate: False: the version is published, and the one before it stays in service, until a rollout promotes it.
         mount: where the server will find the repository: the path of kernel libraries in config.pbtxt begins with it.
 
     Raises:
@@ -150,6 +153,8 @@ def export(
     with progress.step("loading the model"):
         loaded = _load(model, inputs, name=name, task=task, texts=input, example=example, max_batch=max_batch)
     package.check_publishable(str(repo), model=loaded.name)
+    if not activate:
+        _check_served(target, str(repo), loaded.name)
     with work_folder() as work, told_when_full(work):
         settled, asked, baseline = _take_baseline(loaded, stated=bool(input), progress=progress)
         samples = calibration(settled.signature, calibrate, loaded.tokenizer) if calibrate is not None else []
@@ -182,9 +187,9 @@ def export(
         manifest = layout.within(replace(manifest, mount=mount, serving=dict(serving or {})))
         baseline = replace(baseline, windows=windows)
         if examine is not None:
-            examine(_publish(str(work / "examined"), manifest, chosen, baseline))
+            examine(_publish(str(work / "examined"), manifest, chosen, baseline, activate=True))
         with progress.step(f"publishing {settled.name} in {repo}"):
-            deployment = _publish(str(repo), manifest, chosen, baseline)
+            deployment = _publish(str(repo), manifest, chosen, baseline, activate=activate)
     _remember(deployment, baseline, progress)
     return ExportReport(
         deployment=deployment,
@@ -195,6 +200,7 @@ def export(
         baseline=baseline,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
+        active=activate,
     )
 
 
@@ -362,7 +368,7 @@ def _manifest(
         tolerances=tolerances,
         decisions=tuple(decisions),
         formats=tuple(candidate.to_json() for candidate in candidates),
-        source={**model.source, "git": _git_state()},
+        source={**model.source, "git": checkout.state()},
         environment=environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         padded_axes=() if unbatched else chosen.verdict.padded_axes,
@@ -379,31 +385,32 @@ def _remember(deployment: Deployment, baseline: Baseline, progress: Progress) ->
         values=values_of(baseline.windows),
         windows=baseline.windows,
         environment=baseline.environment,
-        label=branch(),
+        label=checkout.branch(),
     )
     if failed := record(entry):
         progress.say(f"not in the history: {failed}")
 
 
-def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baseline) -> Deployment:
+def _check_served(target: str, repo: str, model: str) -> None:
+    """Raise where a version cannot be published without being served."""
+    from kpdeploy.serving.repository import find_deployment
+
+    what, next_step = f"{model} cannot wait in {repo} unserved", "export it without --no-activate"
+    if not TARGETS[target].staged:
+        raise UnknownName(what, why=f"{target} serves whatever its store holds", next_step=next_step)
+    try:
+        find_deployment(repo, model)
+    except KpdeployError as error:
+        raise UnknownName(
+            what, why=f"the first version is the one that is served, and {error.what}", next_step=next_step
+        ) from None
+
+
+def _publish(repo: str, manifest: Manifest, chosen: Candidate, baseline: Baseline, *, activate: bool) -> Deployment:
     from kpdeploy.serving.triton.config import LABELS
 
     assert chosen.artifact is not None
     baseline.write(chosen.artifact.folder)
     if labels := manifest.serving.get("labels"):
         (chosen.artifact.folder / LABELS).write_text("".join(f"{label}\n" for label in labels))
-    return TARGETS[manifest.target].package.publish(repo, manifest, chosen.artifact.folder)
-
-
-def _git_state() -> dict[str, Any] | None:
-    """The commit that the user's folder stands at, and whether it has changes; None outside a checkout."""
-    if shutil.which("git") is None:
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (subprocess.SubprocessError, OSError):
-        return None
+    return TARGETS[manifest.target].package.publish(repo, manifest, chosen.artifact.folder, activate=activate)

@@ -23,7 +23,7 @@ def check(
     *,
     against: str,
     model: str | None = None,
-    seconds: float = 60,
+    seconds: float = 90,
     points: Sequence[Point] = (),
     threads: int = 1,
     criteria: Criteria | None = None,

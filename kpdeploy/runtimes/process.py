@@ -120,11 +120,12 @@ class RuntimeProcess:
     def time_both(
         self, arrays: Sequence[Array], *, seconds: float, at_least: int, warmup: int
     ) -> tuple[list[float], list[float]]:
-        """Milliseconds of single calls by the clock, and of processor time of all threads, after `warmup` that do not
-        count."""
+        """Milliseconds of single calls, after `warmup` that do not count: by the clock, and without the time in which
+        the process's threads waited for a core. The second are of use while one thread works at a time, and empty
+        where the kernel does not tell."""
         job = {"time": self._write(arrays), "seconds": seconds, "at_least": at_least, "warmup": warmup}
         reply = self._ask(job, "run")
-        return list(reply["milliseconds"]), list(reply["processor_milliseconds"])
+        return list(reply["milliseconds"]), list(reply["own_milliseconds"])
 
     def _write(self, arrays: Sequence[Array]) -> str:
         path = self._folder / "in.npz"

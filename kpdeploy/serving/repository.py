@@ -11,7 +11,7 @@ from typing import Any
 
 from kpdeploy.artifact import BASELINE, GOLDEN, MANIFEST, Manifest
 from kpdeploy.deployment import Deployment
-from kpdeploy.errors import RepositoryBroken, UnknownName
+from kpdeploy.errors import RepositoryBroken, UnknownName, did_you_mean
 from kpdeploy.serving.storage import downloaded, local_path, names_in, open_storage
 from kpdeploy.serving.torchserve.archive import archive_name, unpack_artifact
 from kpdeploy.serving.torchserve.repository import committed as committed_archive
@@ -66,13 +66,10 @@ def find_deployment(repo: str, model: str | None) -> Deployment:
             raise UnknownName(f"{repo} holds several models: {names}", next_step="name one with --model")
         return next(iter(deployments.values()))
     if model not in deployments:
-        import difflib
-
-        near = difflib.get_close_matches(model, deployments, n=1)
         raise UnknownName(
             f"{repo} holds no model {model!r}",
             why=f"its models are: {names}",
-            next_step=f"did you mean {near[0]!r}?" if near else "name one of them",
+            next_step=did_you_mean(model, deployments, otherwise="name one of them"),
         )
     return deployments[model]
 

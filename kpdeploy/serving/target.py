@@ -26,8 +26,8 @@ class Package(Protocol):
     def check_publishable(self, repo: str, *, model: str | None = None) -> None:
         """Tell before any work what publish would say after it, as far as it can be told."""
 
-    def publish(self, repo: str, manifest: Manifest, files: Path) -> Deployment:
-        """Publish the files of one version as the model's next version."""
+    def publish(self, repo: str, manifest: Manifest, files: Path, *, activate: bool = True) -> Deployment:
+        """Publish the files of one version as the model's next version, and let it be served (`activate`)."""
 
     def rollback(self, repo: str, model: str, version: int) -> Deployment:
         """Put a version in service that is in the repository already, once its digests are right."""
@@ -35,10 +35,12 @@ class Package(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A server by the name of its folder, and the formats that it serves, in the order in which they are tried."""
+    """A server by the name of its folder, and the formats that it serves, in the order in which they are tried.
+    `staged`: whether a version can lie there that is not served yet."""
 
     name: str
     formats: tuple[str, ...]
+    staged: bool
 
     @property
     def package(self) -> Package:
@@ -48,7 +50,7 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target(name="triton", formats=("onnx", "openvino", "torchscript", "pt2", "cuda")),
-        Target(name="torchserve", formats=("onnx", "torchscript", "pt2")),
+        Target(name="triton", formats=("onnx", "openvino", "torchscript", "pt2", "cuda"), staged=True),
+        Target(name="torchserve", formats=("onnx", "torchscript", "pt2"), staged=False),
     )
 }

@@ -1,7 +1,8 @@
 // A picture of a dashboard, drawn by Grafana's own panels, of what a running Prometheus has:
 //
 //   kpdeploy monitor up models/                                  # in another terminal; wait ten minutes
-//   kpdeploy monitor dashboard models/ -o dashboard.json
+//   cd scripts/dashboard_picture
+//   kpdeploy monitor dashboard ../../models -o dashboard.json
 //   npm install --legacy-peer-deps
 //   node picture.mjs dashboard.json http://127.0.0.1:9090 out.png Overview Latency Server    # rows; default: all
 //

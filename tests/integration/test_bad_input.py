@@ -101,7 +101,7 @@ CASES = [
     # MODEL
     Bad(name="no such model", run=["export", "minilmm"], code=10, says=["'minilmm'", "did you mean 'minilm'"]),
     Bad(name="endless name", run=["export", "m" * 5000], code=10, says=["there is no model"]),
-    Bad(name="no such file", run=["export", "god.onnx"], code=10, says=["god.onnx", "did you mean good.onnx"]),
+    Bad(name="no such file", run=["export", "god.onnx"], code=10, says=["god.onnx", "did you mean 'good.onnx'"]),
     Bad(name="no such folder", run=["export", "gone/m.onnx"], code=10, says=["there is no folder gone"]),
     Bad(name="file of unknown kind", run=["export", "fac.py"], code=10, says=["unknown kind", ".onnx"]),
     Bad(name="broken ONNX", run=["export", "broken.onnx"], code=11, says=["broken.onnx", "ONNX model"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,11 +18,11 @@ from kpdeploy.artifact import Artifact, Manifest
 from kpdeploy.baseline import Baseline
 from kpdeploy.compare import TOLERANCES, relative_error
 from kpdeploy.decision import Skipped
-from kpdeploy.errors import ModelRejectsInputs, ProofFailed
+from kpdeploy.errors import ModelRejectsInputs, ProofFailed, UnknownName
 from kpdeploy.export import FORMATS, Format
 from kpdeploy.inputs import sample
 from kpdeploy.runtimes.process import RuntimeProcess
-from kpdeploy.serving.repository import read_repository
+from kpdeploy.serving.repository import find_version, read_repository
 from kpdeploy.serving.target import TARGETS
 
 
@@ -46,6 +47,31 @@ def test_an_exported_version_holds_what_is_needed_to_serve_and_check_it(format: 
             expected = Classifier()(*(torch.from_numpy(exchange.inputs[name]) for name in ("ids", "scale")))
         assert relative_error(exchange.outputs["logits"], expected["logits"].numpy()) == 0
         assert exchange.inputs["ids"].max() < 50
+
+
+def test_a_version_waits_where_it_is_not_to_be_served_yet(tmp_path: Path) -> None:
+    def again(**more: Any) -> Any:
+        return kpdeploy.export(
+            Classifier(),
+            repo=tmp_path,
+            format="torchscript",
+            fuse="never",
+            input=CLASSIFIER_INPUTS,
+            name="small",
+            **more,
+        )
+
+    with pytest.raises(UnknownName, match="cannot wait") as error:
+        again(activate=False)
+    assert "the first version" in error.value.why
+    assert again().active
+    waiting = again(activate=False)
+    assert (waiting.active, waiting.deployment.version) == (False, 2)
+    (served,) = read_repository(str(tmp_path))
+    assert served.version == 1
+    assert find_version(str(tmp_path), "small", 2).manifest.digest == waiting.deployment.manifest.digest
+    with pytest.raises(UnknownName, match="cannot wait"):
+        kpdeploy.export(Classifier(), repo=tmp_path, target="torchserve", input=CLASSIFIER_INPUTS, activate=False)
 
 
 def test_auto_packages_the_fastest_that_passed_and_keeps_the_table_of_all(tmp_path: Path) -> None:

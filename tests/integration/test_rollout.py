@@ -22,11 +22,11 @@ SLOWER = 160
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Server]]:
-    """Versions 1 and 2 alike, 3 slower; 1 is what serves."""
+    """Versions 1 and 2 alike, 3 slower; 1 is what serves, and the others wait."""
     folder = tmp_path_factory.mktemp("rollout")
     repo = folder / "models"
     for number, layers in enumerate((LAYERS, LAYERS, SLOWER), 1):
-        publish_chain(repo, folder / f"files{number}", layers=layers)
+        publish_chain(repo, folder / f"files{number}", layers=layers, activate=False)
     with serve(repo, http_port=0, grpc_port=0, metrics_port=0, poll=True) as server:
         yield repo, server
 
@@ -41,6 +41,7 @@ def left(repo: Path) -> list[str]:
 
 def test_a_good_version_is_promoted(served: tuple[Path, Server]) -> None:
     repo, server = served
+    assert committed(repo) == 1
     # Noise must not decide this test: only twice the latency matters.
     report = rollout(str(repo), to=2, against=1, url=f"grpc://{server.grpc}", seconds=30, criteria=Criteria(effect=1))
     assert report.decision.promote, report.to_json()

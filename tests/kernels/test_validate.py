@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kpdeploy.cli import main
 from kpdeploy.decision import Skipped
 from kpdeploy.errors import KernelsDiffer, KernelsMissing
 from kpdeploy.ops import OPS, validate
@@ -26,19 +25,9 @@ pytestmark = pytest.mark.usefixtures("registered", "onnx_library")
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    monkeypatch.chdir(tmp_path)
-
-    def ops(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["kpdeploy", "ops", "validate", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return ops
+def run(run: Run) -> Run:
+    """Call `kpdeploy ops validate …`."""
+    return functools.partial(run, "ops", "validate")
 
 
 def rows_of(out: str) -> dict[tuple[str, ...], dict[str, Any]]:

@@ -11,26 +11,9 @@ import click
 import pytest
 
 from kpdeploy import __version__, errors
-from kpdeploy.cli import COMMANDS, main
+from kpdeploy.cli import COMMANDS
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Call kpdeploy as a shell would: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def kpdeploy(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["kpdeploy", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return kpdeploy
 
 
 @pytest.fixture
@@ -73,13 +56,13 @@ def test_the_version_is_told(run: Run) -> None:
 def test_a_mistyped_command_names_the_near_one(run: Run, typed: str, meant: str) -> None:
     code, out, err = run(typed)
     assert (code, out) == (2, "")
-    assert f"no such command '{typed}'. Did you mean '{meant}'?" in err
+    assert f"no such command '{typed}': did you mean '{meant}'?" in err
 
 
 def test_an_unknown_command_points_to_the_help(run: Run) -> None:
     code, _, err = run("frobnicate")
     assert code == 2
-    assert "See `kpdeploy --help`" in err
+    assert "see `kpdeploy --help`" in err
 
 
 def test_an_unknown_option_is_a_usage_error_in_json_too(run: Run) -> None:

@@ -33,11 +33,12 @@ def test_few_false_alarms_and_enough_power_over_simulated_series(detectors: Modu
         assert large == 1, name
 
 
-def test_hardly_a_false_alarm_over_real_series(detectors: ModuleType) -> None:
+def test_no_false_alarm_and_enough_power_over_real_series(detectors: ModuleType) -> None:
     found = detectors.on_recorded()
     print("\n" + detectors.table({name: shares for name, shares in found.items() if name != "series"}))
     assert found.pop("series") >= 20
     for name, shares in found.items():
-        # One in 24: these pairs are of one pair of processes for all windows, which a check never is.
-        assert shares["0%"] <= 0.06, name
-        assert shares["20%"] >= 0.9, name
+        assert shares["0%"] <= 0.01, name
+    # By the clock, on a machine that others used meanwhile, less is seen.
+    _, small, middle, large = found["pairs by own time, as the gate"].values()
+    assert (small >= 0.5, middle >= 0.95, large) == (True, True, 1)

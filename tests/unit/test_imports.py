@@ -27,6 +27,7 @@ LAYERS = (
         "compare",
         "artifact",
         "decision",
+        "checkout",
         "progress",
         "errors",
         "scratch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -23,6 +24,7 @@ from kpdeploy.errors import BaselineUnusable, ClockSkewed, ModelNotServed, Rules
 from kpdeploy.monitoring import metrics, stack
 from kpdeploy.monitoring.alerts import Expected, Intervals, Slo, Watched, alerts_of, rule_groups, watched
 from kpdeploy.monitoring.dashboard import dashboard, rows
+from kpdeploy.monitoring.machine import Waits
 from kpdeploy.monitoring.probe import reason_of, schedule
 from kpdeploy.monitoring.rule_tests import test_file as rule_test_file
 from kpdeploy.monitoring.served import PointLatency, ServedBaseline, quantile
@@ -33,10 +35,13 @@ NEEDS_PROMTOOL = pytest.mark.skipif(shutil.which("promtool") is None, reason="NO
 
 def served(**changes: object) -> ServedBaseline:
     values = tuple(0.004 + 0.0001 * (i % 3) for i in range(20))
-    point = PointLatency(point="batch=1,width=3", p50_seconds=values, p99_seconds=values, counts=histogram(values))
+    point = PointLatency(
+        point="batch=1,width=3", p50_seconds=values, p99_seconds=values, counts=histogram(values),
+        own_p50_seconds=values, own_counts=histogram(values),
+    )  # fmt: skip
     found = ServedBaseline(
         model="tiny", version=0, digest=DEPLOYMENT.manifest.digest, recorded="2026-01-01T00:00:00+00:00", rate=1.0,
-        points=(point,), demand=(0.1,) * 20, slowdown=(1.1,) * 20,
+        points=(point,), demand=(0.1,) * 20,
     )  # fmt: skip
     return replace(found, **changes)  # type: ignore[arg-type]
 
@@ -122,6 +127,37 @@ def test_a_noisy_baseline_asks_for_a_larger_shift() -> None:
     noisy = PointLatency(point="p", p50_seconds=values, p99_seconds=values, counts=histogram(values))
     assert model().ratio == 1.25
     assert watched(DEPLOYMENT, (), (), served(points=(noisy,))).ratio > 1.5
+
+
+def test_what_is_judged_is_without_what_was_waited_for_cores_where_it_is_known() -> None:
+    ratios = {r["record"]: r["expr"] for g in rule_groups([model()], slo=Slo(), intervals=Intervals())["groups"]
+              for r in g["rules"] if "ratio" in r.get("record", "")}  # fmt: skip
+    assert metrics.OWN_LATENCY.name in ratios["kpdeploy:own_latency_ratio:short"]
+    assert metrics.OWN_LATENCY.name not in ratios["kpdeploy:latency_ratio:short"]
+    (point,) = served().points
+    elsewhere = served(points=(replace(point, own_p50_seconds=(), own_counts=()),))
+    assert not elsewhere.own
+    rules = json.dumps(rule_groups([watched(DEPLOYMENT, (), (), elsewhere)], slo=Slo(), intervals=Intervals()))
+    assert metrics.OWN_LATENCY.name not in rules
+
+
+def test_a_request_is_timed_without_waiting_for_cores() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        # This process is its own server: what it works and sleeps is its own, what it waits for a core is not.
+        waits = Waits(f"127.0.0.1:{server.getsockname()[1]}")
+        waits.begin()
+        start, used = time.monotonic(), time.process_time()
+        time.sleep(0.05)
+        while time.process_time() - used < 0.05:
+            pass
+        took = time.monotonic() - start
+        own = waits.own_seconds()
+    if own is None:
+        pytest.skip("NOT RUN: this kernel does not tell what threads wait for a core")
+    assert 0.09 <= own <= took + 0.01
+    elsewhere = Waits("192.0.2.1:8001")
+    elsewhere.begin()
+    assert elsewhere.own_seconds() is None
 
 
 def test_a_served_baseline_is_read_back_and_refused_for_another_artifact(tmp_path: Path) -> None:

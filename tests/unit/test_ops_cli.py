@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from kpdeploy.cli import main
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ConfigFileBroken, KernelsMissing, ShapeMalformed, UnknownName
 from kpdeploy.ops import OPS, measured, measured_attention, providers
@@ -32,21 +32,10 @@ def machine(*found: str) -> dict[str, Decision]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Call `kpdeploy ops …` on a machine of CPU kernels: exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(providers, "here", lambda: machine(*CPU))
-
-    def ops(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["kpdeploy", "ops", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return ops
+    return functools.partial(run, "ops")
 
 
 def who(op: str, shape: str, at: Mapping[str, Decision], *, device: str = "cpu", dtype: str = "float32") -> Any:
@@ -243,7 +232,7 @@ def test_a_name_may_be_written_as_one_types_it(run: Run) -> None:
 def test_a_mistyped_subcommand_names_the_near_one(run: Run) -> None:
     code, _, err = run("explian")
     assert code == 2
-    assert "Did you mean 'explain'?" in err
+    assert "did you mean 'explain'?" in err
 
 
 @pytest.mark.parametrize("name", ["explain", "validate"])

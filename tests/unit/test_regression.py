@@ -66,6 +66,24 @@ def test_a_difference_of_one_block_only_is_not_a_regression() -> None:
     assert "only in 67% of the parts" in found.reason
 
 
+@pytest.mark.parametrize(
+    ("shared", "outcome"),
+    [
+        ((0.09, 0.10, 0.11), "regressed"),
+        ((0.03, 0.16), "unknown"),
+        ((0.0, 0.01, -0.01), "equal"),
+        ((0.05, -0.06), "unknown"),
+    ],
+)
+def test_what_the_windows_of_a_block_share_is_no_evidence(shared: tuple[float, ...], outcome: str) -> None:
+    rng = np.random.default_rng(6)
+    blocks = np.repeat(range(len(shared)), 12)
+    old, new = series(rng, 20, len(blocks), 0.01), series(rng, 20, len(blocks), 0.01)
+    shifted = (new * np.exp(np.take(shared, blocks))).tolist()
+    found = judge_pairs(old, shifted, CRITERIA, blocks=blocks.tolist())
+    assert found.outcome == outcome, found
+
+
 def test_more_looks_ask_for_more_evidence() -> None:
     rng = np.random.default_rng(5)
     old, new = series(rng, 20, 20, 0.09), series(rng, 22, 20, 0.09)

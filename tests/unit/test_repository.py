@@ -29,7 +29,7 @@ from kpdeploy.errors import (
     UnknownName,
 )
 from kpdeploy.serving import storage
-from kpdeploy.serving.repository import find_deployment, local_files, read_repository
+from kpdeploy.serving.repository import find_deployment, find_version, local_files, read_repository
 from kpdeploy.serving.triton import repository
 from kpdeploy.serving.triton.config import read_config
 from kpdeploy.serving.triton.repository import publish
@@ -92,6 +92,31 @@ def test_exporting_again_makes_the_next_version_and_keeps_the_earlier(repo: Path
     assert {"config.pbtxt", "warmup", "1", "2"} == {p.name for p in (repo / "tiny").iterdir()}
     assert not (repo / "tiny" / "2" / "config.pbtxt").exists()
     assert [d.version for d in read_repository(str(repo))] == [2]
+
+
+def test_a_version_can_lie_there_until_it_is_activated(repo: Path, files: Path) -> None:
+    # The first is served whatever was asked for: a model without a version that is served is none.
+    publish(str(repo), manifest(), files, activate=False)
+    assert served_version(repo) == [1]
+    before = tree(repo / "tiny")
+    second = publish(str(repo), manifest(), files, activate=False)
+    after = tree(repo / "tiny")
+    assert {name: after[name] for name in before} == before
+    assert {Path(name).parts[0] for name in after.keys() - before.keys()} == {"2"}
+    second.manifest.check_files(Path(second.folder))
+    assert find_deployment(str(repo), "tiny").version == 1
+    # Another export neither takes it for what a killed run left, nor writes over it.
+    assert publish(str(repo), manifest(), files, activate=False).version == 3
+    repository.activate(second)
+    assert served_version(repo) == [2]
+    assert (repo / "tiny" / "warmup" / "v2-x").exists()
+
+
+def test_a_version_in_an_object_store_can_wait_too(bucket: str, files: Path) -> None:
+    first = publish(bucket, manifest(), files)
+    second = publish(bucket, manifest(), files, activate=False)
+    assert read_repository(bucket) == [first]
+    assert find_version(bucket, "tiny", 2) == second
 
 
 def test_a_version_that_was_rolled_back_is_neither_removed_nor_overwritten(repo: Path, files: Path) -> None:

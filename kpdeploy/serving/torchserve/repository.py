@@ -62,13 +62,15 @@ exec torchserve --start --foreground --ncs --model-store "$repo" --ts-config "$r
 """
 
 
-def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
-    """Publish one version as the model's next; the arguments are those of the Triton target.
+def publish(repo: str, manifest: Manifest, files: Path, *, activate: bool = True) -> Deployment:
+    """Publish one version as the model's next; the arguments are those of the Triton target. `activate` must be True:
+    TorchServe serves whatever its store holds.
 
     Raises:
         RepositoryBroken: the model is there and was not made by kpdeploy, or `files` is not whole.
         RepositoryBusy, RepositoryUnwritable, DiskFull: the storage refuses.
     """
+    assert activate, "Target.staged says that it cannot be otherwise"
     Baseline.read(files)
     repo = local_path(repo)
     if "://" in repo:

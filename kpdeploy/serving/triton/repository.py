@@ -5,7 +5,8 @@
     REPO/<model>/warmup/v<version>-… raw inputs for the server's warm-up
 
 A version folder that still holds a config.pbtxt of its own was never committed: the last step of publishing moves that
-file up. What a killed run leaves is therefore known, and the next run removes it. Earlier versions stay, for rollback.
+file up. What a killed run leaves is therefore known, and the next run removes it. Earlier versions stay, for rollback;
+a later one that is there without being named waits to be activated.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ class _Version:
         return launch_script(self.manifest, self.image)
 
 
-def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
-    """Publish the files of one version as the model's next version.
+def publish(repo: str, manifest: Manifest, files: Path, *, activate: bool = True) -> Deployment:
+    """Publish the files of one version as the model's next version. Without `activate` the version before it stays the
+    one that is served, until `activate` is called; the first version of a model is always served.
 
     `files` is a local folder with the artifact, golden.npz and baseline.json; it is copied. `manifest` comes without
     version and digests; both are filled in. `repo` is a path, or a URL that fsspec knows; it is made where it is
@@ -89,8 +91,8 @@ def publish(repo: str, manifest: Manifest, files: Path) -> Deployment:
     version = _Version(manifest=manifest, baseline=baseline, files=files, image=newest(manifest, files).image)
     repo = local_path(repo)
     if "://" in repo:
-        return _publish_remote(repo, version)
-    return _publish_local(Path(repo), version)
+        return _publish_remote(repo, version, activate=activate)
+    return _publish_local(Path(repo), version, activate=activate)
 
 
 def check_publishable(repo: str, *, model: str | None = None) -> None:
@@ -111,7 +113,7 @@ def check_publishable(repo: str, *, model: str | None = None) -> None:
 # On a file system
 
 
-def _publish_local(repo: Path, content: _Version) -> Deployment:
+def _publish_local(repo: Path, content: _Version, *, activate: bool) -> Deployment:
     with storage_errors(repo, content.files), made(repo), locked(repo):
         model = repo / content.manifest.model
         if model.exists() and committed(*open_storage(str(repo)), model.name) is None:
@@ -120,7 +122,7 @@ def _publish_local(repo: Path, content: _Version) -> Deployment:
         content = content.numbered(next_version(p.name for p in model.glob("*")))
         try:
             if model.exists():
-                _add_version(repo, model, content)
+                _add_version(repo, model, content, activate=activate)
             else:
                 _add_model(repo, model, content)
         except BaseException:
@@ -174,16 +176,21 @@ def _add_model(repo: Path, model: Path, content: _Version) -> None:
     sync(repo)
 
 
-def _add_version(repo: Path, model: Path, content: _Version) -> None:
+def _add_version(repo: Path, model: Path, content: _Version, *, activate: bool) -> None:
     """A version folder is invisible until config.pbtxt, replaced last, names it."""
     staging = _staging(repo, model)
     staging.mkdir()
     _fill(staging, content)
+    if not activate:
+        (staging / CONFIG).unlink()
     sync_tree(staging)
-    _write_warmup(model / WARMUP, content)
+    if activate:
+        _write_warmup(model / WARMUP, content)
     version = model / str(content.manifest.version)
     os.rename(staging, version)
     sync(model)
+    if not activate:
+        return
     os.replace(version / CONFIG, model / CONFIG)
     sync(model)
     sync(version)
@@ -265,7 +272,7 @@ def foreign(model: str) -> RepositoryBroken:
 # In an object store
 
 
-def _publish_remote(repo: str, content: _Version) -> Deployment:
+def _publish_remote(repo: str, content: _Version, *, activate: bool) -> Deployment:
     """Objects appear whole and one by one: the version's first, config.pbtxt last.
 
     An object store has neither renames nor locks. A killed upload leaves a version that nothing names, and the next
@@ -274,7 +281,8 @@ def _publish_remote(repo: str, content: _Version) -> Deployment:
     fs, root = open_storage(repo)
     model = f"{root}/{content.manifest.model}"
     with remote_errors(repo):
-        if fs.exists(f"{model}/{CONFIG}") and committed(fs, root, content.manifest.model) is None:
+        first = not fs.exists(f"{model}/{CONFIG}")
+        if not first and committed(fs, root, content.manifest.model) is None:
             raise foreign(f"{repo.rstrip('/')}/{content.manifest.model}")
         content = content.numbered(next_version(names_in(fs, model)))
         manifest, baseline = content.manifest, content.baseline
@@ -287,9 +295,10 @@ def _publish_remote(repo: str, content: _Version) -> Deployment:
             with tempfile.TemporaryDirectory() as folder:
                 manifest.write(Path(folder))
                 fs.put_file(str(Path(folder) / MANIFEST), f"{version}/{MANIFEST}")
-            for name, data in warmup_files(manifest, baseline).items():
-                fs.pipe_file(f"{model}/{WARMUP}/{name}", data)
-            fs.pipe_file(f"{model}/{CONFIG}", config)
+            if activate or first:
+                for name, data in warmup_files(manifest, baseline).items():
+                    fs.pipe_file(f"{model}/{WARMUP}/{name}", data)
+                fs.pipe_file(f"{model}/{CONFIG}", config)
         except BaseException:
             with suppress(Exception):
                 fs.rm(version, recursive=True)
