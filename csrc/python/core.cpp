@@ -74,7 +74,7 @@ void on_threads(void* pool, int64_t tasks, void (*task)(void*, int64_t), void* a
 template <class Call>
 void run(int threads, const Call& call) {
   char message[512] = "";
-  kpdeploy_context context{threads > 1 ? on_threads : nullptr, &threads, threads, nullptr, message, sizeof message};
+  kpdeploy_context context{threads > 1 ? on_threads : nullptr, &threads, threads, nullptr, message, sizeof message, nullptr, 0};
   int status;
   {
     py::gil_scoped_release release;
