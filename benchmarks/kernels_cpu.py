@@ -87,20 +87,28 @@ def norms(rows: int, columns: int, threads: int) -> dict[str, Run]:
     }
 
 
-def linear(rows: int, k: int, n: int, threads: int) -> dict[str, Run]:
+def linear(rows: int, k: int, n: int, threads: int, activation: str = "gelu") -> dict[str, Run]:
+    """gelu, or none. oneDNN's packed weight is what AOTInductor freezes."""
     x, w, b = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n)
-    fused = ours("LinearActivation", ["x", "w", "b"], ["y"], activation="gelu")
-    plain = [
-        helper.make_node("MatMul", ["x", "t"], ["p"]),
-        helper.make_node("Add", ["p", "b"], ["s"]),
-        helper.make_node("Gelu", ["s"], ["y"]),
-    ]
+    packed = torch.ops.mkldnn._reorder_linear_weight(w, rows)
+    fused = ours("LinearActivation", ["x", "w", "b"], ["y"], activation=activation)
+    last = "s" if activation == "gelu" else "y"
+    plain = [helper.make_node("MatMul", ["x", "t"], ["p"]), helper.make_node("Add", ["p", "b"], [last])]
+    if activation == "gelu":
+        plain.append(helper.make_node("Gelu", ["s"], ["y"]))
+
+    def separate() -> torch.Tensor:
+        product = functional.linear(x, w, b)
+        return functional.gelu(product) if activation == "gelu" else product
+
     return {
-        "torch: kpdeploy::linear_activation": lambda: torch.ops.kpdeploy.linear_activation(x, w, b, "gelu"),
-        "torch: linear, gelu": lambda: functional.gelu(functional.linear(x, w, b)),
-        "torch: oneDNN linear_pointwise": lambda: torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu", [], "none"),
+        "torch: kpdeploy::linear_activation": lambda: torch.ops.kpdeploy.linear_activation(x, w, b, activation),
+        "torch: linear, and its activation": separate,
+        "torch: oneDNN, packed weight": lambda: torch.ops.mkldnn._linear_pointwise(
+            x, packed, b, activation, [], "none"
+        ),
         "ORT: com.kpdeploy:LinearActivation": session([fused], {"x": x}, {"w": w, "b": b}, threads),
-        "ORT: MatMul, Add, Gelu": session(plain, {"x": x}, {"t": w.t().contiguous(), "b": b}, threads),
+        "ORT: MatMul, Add, and its activation": session(plain, {"x": x}, {"t": w.t().contiguous(), "b": b}, threads),
     }
 
 
@@ -163,6 +171,10 @@ def main() -> None:
         "add_layer_norm 16384x1024": norms(16384, 1024, chosen.threads),
         "linear_activation 1024x384x1536 gelu": linear(1024, 384, 1536, chosen.threads),
         "linear_activation 128x768x3072 gelu": linear(128, 768, 3072, chosen.threads),
+        **{
+            f"linear {rows}x{k}x{n}": linear(rows, k, n, chosen.threads, "none")
+            for rows, k, n in ((1024, 384, 384), (1024, 1536, 384), (128, 768, 768), (128, 768, 2304), (128, 3072, 768))
+        },
         "attention 8x12x128x32": attention(8, 12, 128, 32, chosen.threads),
         "attention 1x12x1024x64": attention(1, 12, 1024, 64, chosen.threads),
     }

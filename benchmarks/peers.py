@@ -5,7 +5,8 @@
 The subject is the repository's artifact with its manifest's settings, in the process that also proves and serves it.
 Every peer has a process of its own and the fastest of its settings, found by a short calibration; the subject has
 none. All answer the same padded batch in interleaved rounds. An answer that is further than 1e-4 from eager PyTorch
-disqualifies its peer; a peer that cannot run here is a row with its reason.
+disqualifies its peer; a peer that cannot run here is a row with its reason. `--workshop DIR --prepare` makes the
+peers' files beforehand, for a machine that must be quiet only while it measures.
 
 Beside them stands the floor: the model's multiplications and additions at this machine's rate for float32 matrix
 products, measured in the same rounds.
@@ -24,7 +25,7 @@ import tempfile
 import time
 import venv
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,30 +211,40 @@ class Workshop:
         from kpdeploy.export.capture import settle_axes
 
         folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return Capture(settle_axes(model, stated=False), folder)
 
+    def _kept(self, file: str, make: Callable[[Path], object]) -> str:
+        """The path of a file in the workshop, made now if an earlier run has not left it."""
+        path = self.folder / file
+        if not path.exists():
+            make(path)
+        return str(path)
+
     def onnx(self) -> str:
-        return str(self.capture.onnx_file)
+        return self._kept("sdpa/onnx/model.onnx", lambda path: self.capture.onnx_file)
 
     def eager_onnx(self) -> str:
-        return str(self.eager_capture.onnx_file)
+        return self._kept("eager/onnx/model.onnx", lambda path: self.eager_capture.onnx_file)
 
     def torchscript(self) -> str:
-        from kpdeploy.export import torchscript
-
-        folder = self.folder / "torchscript"
-        folder.mkdir()
-        torchscript.export(self.capture, folder)
-        return str(folder / "model.pt")
+        return self._kept("torchscript/model.pt", self._exported("torchscript"))
 
     def aoti(self) -> str:
-        from kpdeploy.export import pt2
+        return self._kept("pt2/model.pt2", self._exported("pt2"))
 
-        folder = self.folder / "pt2"
-        folder.mkdir()
-        pt2.export(self.capture, folder)
-        return str(folder / "model.pt2")
+    def _exported(self, format: str) -> Callable[[Path], object]:
+        def make(path: Path) -> None:
+            from kpdeploy.export import FORMATS
+
+            part = path.parent.with_suffix(".part")  # what is interrupted is made again
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            FORMATS[format].export(self.capture, part)
+            part.rename(path.parent)
+
+        return make
 
     @functools.cached_property
     def optimized(self) -> str:
@@ -243,6 +254,8 @@ class Workshop:
         from kpdeploy.export.capture import quiet
 
         path = self.folder / "optimized.onnx"
+        if path.exists():
+            return str(path)
         config = pretrained(self.model).config
         with quiet(), redirect_stdout(sys.stderr):
             optimized = optimizer.optimize_model(
@@ -508,11 +521,18 @@ def default_venvs() -> Path:
     type=click.Path(file_okay=False, path_type=Path),
     help="Where peers that need packages of their own get them.  [default: kpdeploy's cache folder]",
 )
+@click.option(
+    "--workshop",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Where the peers' files are kept, for the next run.  [default: nowhere]",
+)
+@click.option("--prepare", is_flag=True, help="Only make the peers' files, and measure nothing.")
 @click.option("--no-venvs", is_flag=True, help="Leave those peers out; their rows say so.")
 @click.option("-o", "output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The JSON to write.")
 def main(
     repo: Path, model: str, also: tuple[str, ...], original: str | None, batch: int, seq: int, rounds: int,
-    seconds: float, only: tuple[str, ...], venvs: Path | None, no_venvs: bool, output: Path,
+    seconds: float, only: tuple[str, ...], venvs: Path | None, no_venvs: bool, workshop: Path | None,
+    prepare: bool, output: Path,
 ) -> None:  # fmt: skip
     """Measure the packaged MODEL of REPO against its peers, and write the ratios."""
     folder = version_folder(repo, model)
@@ -525,12 +545,17 @@ def main(
     load = {"before": list(os.getloadavg())}
     progress = console.progress(json_output=False)
     with tempfile.TemporaryDirectory(prefix="kpdeploy-peers-") as scratch, ExitStack() as stack:
-        work = Workshop(original or model, manifest.signature, Path(scratch))
+        work = Workshop(original or model, manifest.signature, workshop or Path(scratch))
         product = [np.random.default_rng(1).standard_normal(GEMM_SIZES[:2]).astype(np.float32)]
         inputs = {"subject": arrays, "also": arrays, "peer": arrays, "ceiling": product}
         wanted = [
             p for p in peers_of(work, [list(a.shape) for a in arrays]) if not only or any(t in p.name for t in only)
         ]
+        if prepare:
+            for peer in wanted:
+                with progress.step(f"making the files of {peer.name}"), suppress(Exception):  # told when it is measured
+                    peer.prepare()
+            return
         rows = []
         for peer in (*packages, *wanted, *ceilings(Path(scratch))):
             with progress.step(f"starting {peer.name}"):

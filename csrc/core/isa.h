@@ -7,7 +7,8 @@
 namespace kpdeploy {
 
 // One row of a layer or RMS norm. `work` (n floats, never null) holds the row in f32 between passes; it may be `sum`
-// itself, or `x` where nothing has to be stored.
+// itself, or `x` where nothing has to be stored. `streams`: f32 results are written past the caches, where `work` is
+// neither; n and their addresses are whole vectors, and `last` is the last such row of a thread.
 struct NormRow {
   const void* x;
   const void* residual;  // null: none
@@ -19,6 +20,7 @@ struct NormRow {
   int64_t n;
   float eps;
   bool rms;
+  bool streams, last;
 };
 
 // Tiles of A times panels of B (see linear_kernel.h for both layouts), `tile_rows` and `panel_columns` at a time.

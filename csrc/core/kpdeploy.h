@@ -66,6 +66,9 @@ typedef struct {
   /* At least `bytes` on the GPU, aligned to 16, of any content: the callee's until all that it has queued on the stream
    * has run, in a graph that captures the stream too. NULL, or a NULL that it returns: kernels that need none run. */
   void* (*gpu_memory)(void* pool, size_t bytes);
+  /* 1: large outputs are memory that was never touched. Its pages come zeroed, in the caches, and results are written
+   * there; 0: past the caches, where they would leave them before they are read. */
+  int32_t outputs_are_new;
 } kpdeploy_context;
 
 /* Softmax(scale * Q K^T) V for each head.

@@ -9,6 +9,17 @@ namespace {
 
 constexpr int64_t kTaskBytes = 64 << 10;  // read and written by one task: enough to pay for its dispatch
 
+// Results larger than this are no longer in a cache when the next op reads them.
+constexpr int64_t kStreamBytes = 32 << 20;
+constexpr int64_t kVectorBytes = 64;
+
+// Whether all rows start at, and are of, whole vectors.
+bool whole_vectors(const Tensor& t, const Rows& rows) {
+  const auto divides = [](int64_t bytes) { return bytes % kVectorBytes == 0; };
+  return divides(t.size(-1) * t.item_bytes()) && rows.stride() >= 0 && divides(rows.stride() * t.item_bytes()) &&
+         divides(reinterpret_cast<intptr_t>(t.data));
+}
+
 struct Norm {
   const kpdeploy_tensor *x, *residual, *weight, *bias, *normalized, *sum;
   double eps;
@@ -54,11 +65,14 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
   }
   const bool f32 = x.dtype == KPDEPLOY_F32;
   const auto norm_row = kernels().norm_row[x.dtype];
+  const int64_t out_bytes = x.numel() * x.item_bytes() * (norm.sum ? 2 : 1);
+  const bool streams = f32 && !context->outputs_are_new && out_bytes > kStreamBytes && whole_vectors(out, out_rows) &&
+                       whole_vectors(sum, sum_rows);
   const int64_t per_task = std::max<int64_t>(1, kTaskBytes / (n * x.item_bytes() * (norm.sum ? 4 : 2)));
   const int64_t tasks = (x_rows.count() + per_task - 1) / per_task;
   parallel(context, tasks, [&](int64_t task) {
-    float* work = f32 ? nullptr : scratch(kTaskScratch, n);
-    if (!f32 && !work) return false;
+    float* work = f32 && !streams ? nullptr : scratch(kTaskScratch, n);
+    if ((!f32 || streams) && !work) return false;
     const int64_t end = std::min(x_rows.count(), (task + 1) * per_task);
     for (int64_t r = task * per_task; r < end; ++r) {
       NormRow row{};
@@ -68,7 +82,9 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
       row.bias = bias;
       row.normalized = out_rows.row(r);
       row.sum = norm.sum ? sum_rows.row(r) : nullptr;
-      row.work = f32 ? static_cast<float*>(norm.sum ? row.sum : const_cast<void*>(row.x)) : work;
+      row.work = work ? work : static_cast<float*>(norm.sum ? row.sum : const_cast<void*>(row.x));
+      row.streams = streams;
+      row.last = r + 1 == end;
       row.n = n;
       row.eps = static_cast<float>(norm.eps);
       row.rms = norm.rms;

@@ -29,6 +29,26 @@ inline vf load(const bf16* p) {
 
 inline void store(float* p, vf v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// Past the caches, to an address that is a multiple of a vector: a line that is written whole need not be read first.
+// Ordered with other stores by fence_streams.
+inline void stream(float* p, vf v) {
+#if !defined(__x86_64__)
+  store(p, v);
+#elif KPDEPLOY_WIDTH == 16
+  __builtin_ia32_movntps512(p, v);
+#elif KPDEPLOY_WIDTH == 8
+  __builtin_ia32_movntps256(p, v);
+#else
+  __builtin_ia32_movntps(p, v);
+#endif
+}
+
+inline void fence_streams() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // Round to nearest, ties to even; a NaN stays one.
 inline vh round_to_bf16(vf v) {
   const vu bits = (vu)v;

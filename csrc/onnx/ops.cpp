@@ -104,7 +104,7 @@ class Run {
   void call(const Call& body) const {
     char message[512] = "";
     void* const stream = device_ == KPDEPLOY_CUDA ? context_.GetGPUComputeStream() : nullptr;
-    const kpdeploy_context context{parallel_for, raw_, machine_threads(), stream, message, sizeof message, nullptr};
+    const kpdeploy_context context{parallel_for, raw_, machine_threads(), stream, message, sizeof message, nullptr, 0};
     if (body(&context) != KPDEPLOY_OK) throw Ort::Exception(message, ORT_INVALID_ARGUMENT);
   }
 
@@ -143,7 +143,7 @@ class Packed {
     const Ort::ConstValue value = info.GetTensorConstantInput(input, &constant);
     if (!constant) return;
     char message[512] = "";
-    const kpdeploy_context context{nullptr, nullptr, 1, nullptr, message, sizeof message, nullptr};
+    const kpdeploy_context context{nullptr, nullptr, 1, nullptr, message, sizeof message, nullptr, 0};
     kpdeploy_packed_weight* packed = nullptr;
     if (kpdeploy_pack_weight(&context, *view_of(value, device), &packed) != KPDEPLOY_OK)
       throw Ort::Exception(message, ORT_INVALID_ARGUMENT);

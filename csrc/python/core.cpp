@@ -75,7 +75,7 @@ template <class Call>
 void run(int threads, const Call& call) {
   char message[512] = "";
   kpdeploy_context context{threads > 1 ? on_threads : nullptr, &threads, threads, nullptr, message, sizeof message,
-                           nullptr};
+                           nullptr, 0};
   int status;
   {
     py::gil_scoped_release release;

@@ -34,6 +34,11 @@ csrc/torch/ops.cpp."""
 LARGEST_HEAD = 256
 
 
+LEAST_PLAIN = 768
+"""Inputs and outputs of a linear without an activation from which on an export to ONNX gives it to our kernel
+(benchmarks/README.md, "Products on a CPU")."""
+
+
 def _takes_all(sizes: Sizes) -> str:
     return ""
 
@@ -90,6 +95,15 @@ def _cublaslt_refuses(call: Call) -> str:
     if call.hopper and call.dtype != "float32" and whole_rows:
         return "not measured: our kernels for compute capability 9.0 take it first"
     return "" if call.sizes["rows"] > FEW_ROWS else f"up to {FEW_ROWS} rows our own kernel is as fast"
+
+
+def _mlas_refuses(call: Call) -> str:
+    """What is a node of ours is not ONNX Runtime's own: an export chooses (kpdeploy/optimize/linear.py)."""
+    if call.activation != "none":
+        return f"it has no epilogue for {call.activation}"
+    if min(call.sizes["inputs"], call.sizes["outputs"]) < LEAST_PLAIN:
+        return f"an export leaves it products of fewer than {LEAST_PLAIN} inputs or outputs; a node of ours runs ours"
+    return f"from {LEAST_PLAIN} inputs and outputs on ours was measured to be as fast or faster"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +392,18 @@ ONEDNN = Provider(
 )
 
 
+MLAS = Provider(
+    name="mlas",
+    runtime="onnxruntime",
+    device="cpu",
+    dtypes=("float32",),
+    library="",
+    needs=(),
+    when="linears that an export leaves as MatMul and Add",
+    refuses_call=_mlas_refuses,
+)
+
+
 # What a shape is, by op.
 
 
@@ -423,7 +449,7 @@ class Row:
 PROVIDERS: dict[str, Row] = {
     "attention": Row(dims=HEADS, providers=_ours(_head_fits)),
     "packed_attention": Row(dims=PACKED_HEADS, providers=_ours(_head_fits)),
-    "linear_activation": Row(dims=LINEAR, providers=(ONEDNN, *CUBLASLT, *OURS)),
+    "linear_activation": Row(dims=LINEAR, providers=(ONEDNN, *CUBLASLT, *OURS, MLAS)),
     "gated_linear": Row(dims=LINEAR, providers=(ONEDNN, *OURS)),
     "layer_norm": Row(dims=ROWS, providers=OURS),
     "rms_norm": Row(dims=ROWS, providers=OURS),

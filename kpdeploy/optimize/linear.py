@@ -13,13 +13,12 @@ from functools import partial
 import torch
 from torch.fx import GraphModule
 
+from kpdeploy.ops.providers import LEAST_PLAIN
 from kpdeploy.optimize.graph import Finding, Match, parameter, shape
 from kpdeploy.optimize.linear_activation import linear_of, replace_by_op
 
 OP, SMALL = "linear", "small_linear"
-"""Names for a format's `leaves`: linears of LEAST inputs and outputs or more, and the others."""
-
-LEAST = 768
+"""Names for a format's `leaves`: linears of LEAST_PLAIN inputs and outputs or more, and the others."""
 
 
 def find(module: GraphModule, *, small: bool) -> Iterator[Finding]:
@@ -28,5 +27,5 @@ def find(module: GraphModule, *, small: bool) -> Iterator[Finding]:
         weight = parameter(module, found[1]) if found is not None else None
         if found is None or weight is None or weight.dtype not in (torch.float32, torch.bfloat16):
             continue  # a weight that is computed at each call, or a dtype that the op has not
-        if (min(shape(found[0])[-1], shape(node)[-1]) < LEAST) is small:
+        if (min(shape(found[0])[-1], shape(node)[-1]) < LEAST_PLAIN) is small:
             yield Match(node=node, apply=partial(replace_by_op, node, node, found, "none"))
