@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,14 @@ HELD_OUT = 4
 
 SMOOTHING = (0.75, None)
 """SmoothQuant's alpha: how much of the range of activations moves into the weights (arXiv 2211.10438; NNCF's own 0.95
-left MiniLM an error of 0.27 where 0.75 leaves 0.16). None: nothing moves. Both are tried of models with attention,
-whose activations have the outliers that it is for."""
+left MiniLM an error of 0.27 where 0.75 leaves 0.16). None: nothing moves, which is tried where the first is not within
+the budget, and alone of models without attention, whose activations have not the outliers that it is for."""
 
 APART = 8
 """Layers whose errors are measured in one pass are so many apart: a block of a transformer has as many products."""
+
+OWN_SAMPLES = 4
+"""A layer's own error differs little from sample to sample: it only has to give an order."""
 
 LAYERS = ("MatMul", "Convolution", "GroupConvolution")
 
@@ -73,10 +76,7 @@ def quantize(
     try:
         # NNCF's progress bars go to stdout, which is for the report.
         with quiet(), redirect_stdout(io.StringIO()):
-            tried = SCHEMES[scheme](source, learned)
-            distances = {how: judge.distance(model) for how, model in tried.items()}
-            best = min(distances, key=lambda how: distances[how])
-            model = tried[best]
+            distances, best, model = _best(SCHEMES[scheme](source, learned), judge)
             layers = _layers(model, source)
             errors = _own_errors(model, layers, judge)
             left, distance = _left_out(model, layers, errors, judge, distances[best])
@@ -99,6 +99,19 @@ def quantize(
     return Quantized(decision=Applied(what="int8 by NNCF", detail=detail), layers=found, distance=distance)
 
 
+def _best(made: Iterable[tuple[str, Any]], judge: _Judge) -> tuple[dict[str, float], str, Any]:
+    """The distance of each model by how it was made, as far as the first within the budget; and the best of them."""
+    distances: dict[str, float] = {}
+    best: tuple[str, Any] = ("", None)
+    for how, model in made:
+        distances[how] = judge.distance(model)
+        if distances[how] <= min(distances.values()):
+            best = (how, model)
+        if distances[how] <= judge.budget.bound:
+            break
+    return distances, *best
+
+
 class _Judge:
     """How far a model's answers to the judging samples are from the float32 model's."""
 
@@ -116,13 +129,12 @@ class _Judge:
 # Schemes
 
 
-def _static(source: Path, samples: Sequence[Tensors]) -> dict[str, Any]:
+def _static(source: Path, samples: Sequence[Tensors]) -> Iterator[tuple[str, Any]]:
     """Weights and activations with fixed scales."""
     attends = any(op.get_type_name() in ("Softmax", "ScaledDotProductAttention") for op in _read(source).get_ops())
-    if not attends:
-        return {"fixed scales": _with_fixed_scales(source, samples, None, attends=False)}
-    named = {alpha: f"with SmoothQuant {alpha}" if alpha else "without SmoothQuant" for alpha in SMOOTHING}
-    return {how: _with_fixed_scales(source, samples, alpha, attends=True) for alpha, how in named.items()}
+    for alpha in SMOOTHING if attends else (None,):
+        how = f"with SmoothQuant {alpha}" if alpha else "without SmoothQuant"
+        yield how, _with_fixed_scales(source, samples, alpha, attends=attends)
 
 
 def _with_fixed_scales(source: Path, samples: Sequence[Tensors], alpha: float | None, *, attends: bool) -> Any:
@@ -145,15 +157,18 @@ def _with_fixed_scales(source: Path, samples: Sequence[Tensors], alpha: float | 
     )
 
 
-def _dynamic(source: Path, samples: Sequence[Tensors]) -> dict[str, Any]:
+def _dynamic(source: Path, samples: Sequence[Tensors]) -> Iterator[tuple[str, Any]]:
     """Weights with fixed scales; the runtime finds those of activations, which then need no samples."""
     nncf = _import_nncf()
     made = nncf.compress_weights(_read(source), mode=nncf.CompressWeightsMode.INT8_ASYM)
-    return {"activations scaled at run time": made}
+    yield "activations scaled at run time", made
 
 
-SCHEMES: Mapping[str, Callable[[Path, Sequence[Tensors]], dict[str, Any]]] = {"static": _static, "dynamic": _dynamic}
-"""How a model is quantized: the models that are tried, by how each was made."""
+SCHEMES: Mapping[str, Callable[[Path, Sequence[Tensors]], Iterator[tuple[str, Any]]]] = {
+    "static": _static,
+    "dynamic": _dynamic,
+}
+"""How a model is quantized: the models to try, each with how it was made."""
 
 
 def _import_nncf() -> Any:
@@ -242,7 +257,7 @@ def _name(node: Any) -> str:
 
 
 def _own_errors(model: Any, layers: Sequence[_Layer], judge: _Judge) -> list[float]:
-    """‖out − twin‖ / ‖twin‖ of each layer over the samples: in APART passes, for OpenVINO (2026.4) gives wrong
+    """‖out − twin‖ / ‖twin‖ of each layer over some samples: in APART passes, for OpenVINO (2026.4) gives wrong
     values of some layers when all of a block's are outputs."""
     found: dict[_Layer, float] = {}
     for first in range(APART):
@@ -262,7 +277,7 @@ def _errors_of(model: Any, layers: Sequence[_Layer], judge: _Judge) -> list[floa
         ports = compiled.outputs[-len(outputs) :]
         squares = np.zeros((len(layers), 2))
         request = compiled.create_infer_request()
-        for sample in judge.samples:
+        for sample in judge.samples[:OWN_SAMPLES]:
             answer = request.infer(dict(sample))
             for index in range(len(layers)):
                 out, ref = (answer[ports[2 * index + side]].astype(np.float64) for side in (0, 1))

@@ -53,13 +53,15 @@ class Layout:
 
     def within(self, manifest: Manifest) -> Manifest:
         """The manifest of the chosen candidate, with this layout in it."""
-        threads, serving = settings_of(self.tuning) if self.tuning is not None else ({}, {})
+        threads, tuned = settings_of(self.tuning) if self.tuning is not None else ({}, {})
+        serving = {**manifest.serving, **tuned}
+        plan = self.plan.of(rows=self.plan.rows, instances=serving.get("instances", 1))
         return replace(
             manifest,
             max_batch_size=min(manifest.max_batch_size, self.plan.rows),
             settings={**manifest.settings, **threads},
-            serving={**manifest.serving, **serving},
-            memory=self.plan.to_json(),
+            serving=serving,
+            memory=plan.to_json(),
             tuning=self.tuning.to_json() if self.tuning is not None else {},
         )
 
@@ -92,7 +94,6 @@ def lay_out(
         assert chosen.artifact is not None
         tuning = tune(chosen.artifact, signature, wanted.load, progress, most_instances=plan.instances)
         told += tuning.decisions
-    plan = plan.of(rows=plan.rows, instances=tuning.chosen.layout.instances if tuning is not None else 1)
     return Layout(chosen=chosen, plan=plan, tuning=tuning, decisions=tuple(told))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from kpdeploy.artifact import Artifact
 from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.errors import ProofFailed
 from kpdeploy.hardware import usable_cores
 from kpdeploy.hardware.allocators import installed_allocators
 from kpdeploy.inputs import measured_points, sample
@@ -90,10 +91,16 @@ def tune(artifact: Artifact, signature: Signature, load: str, progress: Progress
     found = _measure_all(artifact, signature, point, layouts, progress)
     plain = found[0]
     best = _best(found, load, plain)
-    allocators = [replace(best.layout, allocator=path) for path in installed_allocators()]
+    wanted = [replace(best.layout, allocator=path) for path in installed_allocators()]
+    refused = {layout: _refusal(artifact, signature, point, layout) for layout in wanted}
+    allocators = [layout for layout, reason in refused.items() if not reason]
     again = _measure_all(artifact, signature, point, [best.layout, *allocators], progress) if allocators else [best]
     chosen = _best(again, load, again[0])
-    decisions = tuple(_decided(load, chosen, [*found, *again[1:]], allocators))
+    decisions = (
+        *_decided(load, chosen, [*found, *again[1:]]),
+        *(Skipped(what=str(layout), reason=reason) for layout, reason in refused.items() if reason),
+        *_left(wanted),
+    )
     return Tuning(load=load, point=point, chosen=chosen, measured=(*found, *again[1:]), decisions=decisions)
 
 
@@ -145,6 +152,16 @@ def _measure(artifact: Artifact, signature: Signature, point: Point, layout: Lay
         )
 
 
+def _refusal(artifact: Artifact, signature: Signature, point: Point, layout: Layout) -> str:
+    """Why the runtime does not run with an allocator (OpenVINO 2026.4 with neither of these two); "" where it does."""
+    try:
+        with RuntimeProcess(artifact, preload=layout.allocator) as process:
+            process.run(list(sample(signature, point, np.random.default_rng(0)).values()))
+    except ProofFailed as error:
+        return error.in_a_line
+    return ""
+
+
 def _goodness(entry: Measured, load: str) -> float:
     return 1 / entry.p50_ms if load == "latency" else entry.rows_per_second
 
@@ -154,9 +171,7 @@ def _best(found: Sequence[Measured], load: str, plain: Measured) -> Measured:
     return best if _goodness(best, load) >= WORTH * _goodness(plain, load) else plain
 
 
-def _decided(
-    load: str, chosen: Measured, found: Sequence[Measured], allocators: Sequence[Layout]
-) -> Iterator[Decision]:
+def _decided(load: str, chosen: Measured, found: Sequence[Measured]) -> Iterator[Decision]:
     """The chosen layout as Applied, each other as Skipped with its figure."""
 
     def figure(entry: Measured) -> str:
@@ -167,6 +182,10 @@ def _decided(
         if entry.layout != chosen.layout:
             reason = f"{figure(entry)}, {_goodness(entry, load) / _goodness(chosen, load):.2f} x as good"
             yield Skipped(what=str(entry.layout), reason=reason)
+
+
+def _left(allocators: Sequence[Layout]) -> Iterator[Decision]:
+    """What was not measured at all."""
     if not allocators:
         get = "apt install libtcmalloc-minimal4 libjemalloc2"
         yield Skipped(what="another allocator", reason=f"neither tcmalloc nor jemalloc is on this machine: {get}")

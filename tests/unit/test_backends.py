@@ -40,12 +40,19 @@ def test_int8_without_nncf_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
     assert cpu.lowerings(MODERN)[1].missing == "the package nncf is missing: pip install nncf"
 
 
-def test_an_idle_gpu_is_told_and_none_is_not() -> None:
-    assert [way.what for way in lowerings(replace(MODERN, gpus=(GPU, GPU)))][:2] == [
-        "level 2 (bf16 in CUDA graphs on NVIDIA H100)",
-        "level 3 (fp8 on NVIDIA H100)",
+def test_a_gpu_has_ways_of_its_own_and_without_its_runtime_it_is_told_that_it_lies_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu: f"{gpu} lies idle: no torch with CUDA")
+    ways = [way for way in lowerings(replace(MODERN, gpus=(GPU, GPU))) if way.format == "cuda"]
+    assert [way.what for way in ways] == [
+        "level 1 (float32)",
+        "level 2 (float16)",
+        "level 2 (bfloat16)",
+        "level 3 (fp8)",
     ]
-    assert all("NVIDIA" not in way.what for way in lowerings(MODERN))
+    assert {way.missing for way in ways} == {"NVIDIA H100 lies idle: no torch with CUDA"}
+    assert all(way.format != "cuda" for way in lowerings(MODERN))
 
 
 def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:

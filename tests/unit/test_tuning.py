@@ -49,6 +49,7 @@ def reached(monkeypatch: pytest.MonkeyPatch, figures: dict[Layout, tuple[float, 
         return Measured(layout=layout, p50_ms=p50, rows_per_second=rate, peak_bytes=1)
 
     monkeypatch.setattr(tuning, "_measure", measure)
+    monkeypatch.setattr(tuning, "_refusal", lambda artifact, signature, point, layout: "")
 
 
 ONE, TWO = Layout(instances=1, threads=2), Layout(instances=2, threads=1)
@@ -83,6 +84,16 @@ def test_an_allocator_is_taken_only_where_it_was_measured_to_help(monkeypatch: p
     found = tune(ARTIFACT, SIGNATURE, "latency", Progress(), most_instances=1)
     assert "allocator" not in settings_of(found)[1]
     assert any("libtcmalloc_minimal.so.4" in d.what and isinstance(d, Skipped) for d in found.decisions)
+
+
+def test_an_allocator_that_the_runtime_dies_of_is_a_reason_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reached(monkeypatch, {ONE: (10, 1), Layout(instances=1, threads=1): (15, 1)}, ["/usr/lib/x/libjemalloc.so.2"])
+    monkeypatch.setattr(tuning, "_refusal", lambda *_: "its process ended with code -6: free(): invalid pointer")
+    found = tune(ARTIFACT, SIGNATURE, "latency", Progress(), most_instances=1)
+    assert found.chosen.layout == ONE
+    (refused,) = [decision for decision in found.decisions if "libjemalloc" in decision.what]
+    assert isinstance(refused, Skipped)
+    assert "invalid pointer" in refused.reason
 
 
 def test_allocators_are_found_where_the_loader_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
