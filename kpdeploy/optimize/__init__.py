@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import GraphModule
 
 from kpdeploy.decision import Applied, Decision, Skipped
@@ -82,8 +83,11 @@ def fuse(model: Model, *, left: Collection[str] = ()) -> Fused:
 
 def _count(module: GraphModule) -> dict[str, int]:
     """How many calls of each fused op the graph holds, by the op's name; a linear without an activation is `linear`."""
+    plain = torch.ops.kpdeploy.linear_activation.default
     names = [
-        linear.OP if "none" in node.args else node.target._schema.name.removeprefix("kpdeploy::")
+        linear.OP
+        if node.target is plain and node.args[3] == "none"
+        else node.target._schema.name.removeprefix("kpdeploy::")
         for node in module.graph.nodes
         if node.op == "call_function" and getattr(node.target, "namespace", "") == "kpdeploy"
     ]
