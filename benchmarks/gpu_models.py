@@ -251,7 +251,7 @@ def programs(capture: Capture, precision: str, works: Sequence[Work], samples: S
         form = graphs.Form(precision=precision, dropped=dropped, padded=axes)
         began = time.perf_counter()
         made = lowered(capture.program, bits=precision, dropped=dropped, device="cuda", samples=samples, budget=1.0)
-        graphs.export(capture, inner, form, module=made.module)
+        graphs.export(capture, inner, form, module=Flat(made.module, None), constant=made.constant)
         print("  ", precision, [d.what for d in made.decisions], f"{time.perf_counter() - began:.0f} s", flush=True)
         described = json.loads((inner / graphs.GRAPHS).read_text())
         asked = [work.sizes for work in works if (work.tokens < 1) == dropped]

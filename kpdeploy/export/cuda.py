@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from kpdeploy.decision import Applied, Decision
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import lead_axis
-from kpdeploy.ops import NAMESPACE
 from kpdeploy.ops.packed_attention import PLACES
 from kpdeploy.signature import Axis, Point, Signature, TensorSpec, Values
 
 if TYPE_CHECKING:
     import torch
-    from torch.fx import GraphModule
 
     from kpdeploy.export.capture import Capture
 
@@ -42,53 +40,39 @@ class Form:
     padded: tuple[str, ...] = ()
 
 
-def export(capture: Capture, folder: Path, form: Form = Form(), *, module: Any = None, device: str = "cuda") -> None:
-    """Write model.pt2 and graphs.json into `folder`: of `module`, a rewritten form of a capture, or of the capture as
-    it is. `device` "cpu" is for tests.
+def export(
+    capture: Capture,
+    folder: Path,
+    form: Form = Form(),
+    *,
+    module: torch.nn.Module | None = None,
+    constant: bool = False,
+    device: str = "cuda",
+) -> None:
+    """Write model.pt2 and graphs.json into `folder`: of `module`, a rewritten form of a capture that takes and gives a
+    tuple of tensors, or of the capture as it is. `constant`: all its weights are held, none computed. `device` "cpu" is
+    for tests.
 
     Raises:
         ExportFailed: it cannot be captured, or written.
     """
     import torch
 
-    from kpdeploy.export.capture import quiet, reason
+    from kpdeploy.export.capture import program_of, quiet, reason
 
+    signature = _with_places(capture.signature) if form.dropped else capture.signature
     try:
         with quiet(), torch.no_grad():
-            program = capture.program if module is None else _program(capture, module, dropped=form.dropped)
+            program = capture.program
+            if module is not None:
+                program = program_of(replace(capture.model, module=module, program=None, signature=signature))
             torch.export.save(program, folder / FILENAME)
     except ExportFailed:
         raise
     except Exception as error:
         why = reason(error)
         raise ExportFailed(f"{capture.model.name} cannot be written in {form.precision}", why=why) from None
-    constant = module is not None and all(map(_weights_are_held, module.graph.nodes))
     (folder / GRAPHS).write_text(json.dumps({**described(capture.signature, form, device), "constant": constant}))
-
-
-def _weights_are_held(node: Any) -> bool:
-    """Is what a fused op takes for a weight, a bias or a scale a tensor of the program, and no result of it?"""
-    if getattr(node.target, "namespace", "") != NAMESPACE:
-        return True
-    named = zip((argument.name for argument in node.target._schema.arguments), node.args, strict=False)
-    weights = [a for name, a in named if name.endswith(("weight", "bias", "scale")) and hasattr(a, "op")]
-    return all(weight.op == "get_attr" for weight in weights)
-
-
-def _program(capture: Capture, module: GraphModule, *, dropped: bool) -> torch.export.ExportedProgram:
-    from kpdeploy.export.capture import program_of
-    from kpdeploy.load.flat import Flat
-
-    signature = capture.signature
-    if dropped:
-        # An exported module takes a pytree, which it checks, and which knows nothing of the inputs that were added.
-        import torch
-
-        module.graph.set_codegen(torch.fx.graph.CodeGen())
-        module._forward_pre_hooks.clear()
-        module.recompile()
-        signature = _with_places(signature)
-    return program_of(replace(capture.model, module=Flat(module, None), program=None, signature=signature))
 
 
 def _with_places(signature: Signature) -> Signature:

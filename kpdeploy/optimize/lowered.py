@@ -9,22 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
+from kpdeploy.ops import NAMESPACE
 from kpdeploy.optimize import fp8, pack, precision
-from kpdeploy.optimize.graph import sweep
+from kpdeploy.optimize.graph import name_of, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """The module, what was decided, and what each product costs in 8 bits (none in more)."""
+    """The module, what was decided, and what each product costs in 8 bits (none in more). `constant`: what its fused ops
+    take for weights, biases and scales are tensors that it holds, and no results."""
 
     module: GraphModule
     decisions: tuple[Decision, ...] = ()
     layers: tuple[fp8.Layer, ...] = ()
+    constant: bool = False
 
 
 def lowered(
@@ -40,7 +43,8 @@ def lowered(
     """
     # A copy: it shares its weights with the model that the proof asks.
     module: GraphModule = copy.deepcopy(program.module(check_guards=False))
-    found = Lowered(module=module)
+    decisions: tuple[Decision, ...] = ()
+    layers: tuple[fp8.Layer, ...] = ()
     with torch.no_grad():
         _fold(module)
         # With its index: torch.export tells "cuda" from "cuda:0".
@@ -48,11 +52,19 @@ def lowered(
         if bits != "float32":
             precision.lower(module, torch.bfloat16 if bits == "fp8" else getattr(torch, bits))
         if bits == "fp8":
-            decisions, layers = fp8.lower(module, samples, budget)
-            found = Lowered(module=module, decisions=tuple(decisions), layers=tuple(layers))
+            decisions, layers = map(tuple, fp8.lower(module, samples, budget))
         if dropped and isinstance(told := pack.pack(module, given=True), Skipped):
             raise ExportFailed("padding cannot be dropped", why=told.reason)
-    return found
+    constant = all(map(_weights_are_held, module.graph.nodes))
+    return Lowered(module=module, decisions=decisions, layers=layers, constant=constant)
+
+
+def _weights_are_held(node: Node) -> bool:
+    if not name_of(node).startswith(NAMESPACE):
+        return True
+    names: list[str] = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    taken = [a for name, a in zip(names, node.args, strict=False) if name.endswith(("weight", "bias", "scale"))]
+    return all(value.op == "get_attr" for value in taken if isinstance(value, Node))
 
 
 def _fold(module: GraphModule) -> None:

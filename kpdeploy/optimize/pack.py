@@ -215,6 +215,10 @@ def _rewrite(
         region.add(made)
     for node in [node for node in region if any(user not in region for user in node.users)]:
         node.replace_all_uses_with(writer.unpacked(node), delete_user_cb=lambda user: user not in region | writer.added)
+    if writer.places is not writer.batch:
+        # An exported module takes a pytree, which it checks, and which knows nothing of the inputs that were added.
+        module.graph.set_codegen(torch.fx.graph.CodeGen())
+        module._forward_pre_hooks.clear()
     sweep(module)
 
 

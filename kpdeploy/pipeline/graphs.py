@@ -67,6 +67,7 @@ class OnGpu:
 
     def _tried(self, form: Form, blank: Candidate, folder: Path, prove: Callable[[Artifact], Candidate]) -> Candidate:
         from kpdeploy.export import cuda
+        from kpdeploy.load.flat import Flat
 
         source = self.fusion.capture or self.capture
         settings = {**blank.settings, **({"padding": "dropped"} if form.dropped else {})}
@@ -74,7 +75,8 @@ class OnGpu:
         try:
             with self.progress.step(f"exporting {blank.label}"):
                 made = self._lowered(source, form)
-                cuda.export(source, folder, form, module=made.module, device=self.device)
+                module = Flat(made.module, None)
+                cuda.export(source, folder, form, module=module, constant=made.constant, device=self.device)
         except ExportFailed as error:
             return replace(blank, reason=error.in_a_line)
         artifact = Artifact(

@@ -69,6 +69,15 @@ def _constant_weights(libraries: Sequence[str]) -> Iterator[None]:
                 switch(value)
 
 
+def of_dlpack(capsule: Any) -> torch.Tensor:
+    """A tensor that somebody else holds on the GPU, and `to_dlpack` the way back: neither copies."""
+    return torch.utils.dlpack.from_dlpack(capsule)
+
+
+def to_dlpack(tensor: torch.Tensor) -> Any:
+    return torch.utils.dlpack.to_dlpack(tensor.contiguous())  # type: ignore[attr-defined]
+
+
 def memory() -> list[dict[str, Any]]:
     """What this process holds on the GPU now: weights, inputs and CUDA graphs."""
     if not torch.cuda.is_initialized():

@@ -24,6 +24,7 @@ from kpdeploy.export.cuda import Form
 from kpdeploy.inputs import sample
 from kpdeploy.load import Request
 from kpdeploy.load.factory import from_module
+from kpdeploy.load.flat import Flat
 from kpdeploy.model import Model
 from kpdeploy.ops import GPU_OPS, NAMESPACE
 from kpdeploy.optimize import fuse
@@ -158,7 +159,7 @@ def test_padding_stays_where_tokens_do_not_stand_alone(
 
 def made(capture: Capture, folder: Path, form: Form, **given: Any) -> Any:
     found = lowered(capture.program, bits=form.precision, dropped=form.dropped, device="cpu", **given)
-    cuda.export(capture, folder, form, module=found.module, device="cpu")
+    cuda.export(capture, folder, form, module=Flat(found.module, None), constant=found.constant, device="cpu")
     return runtime.load(str(folder / cuda.FILENAME), inputs=(), outputs=(), settings={})
 
 
@@ -232,7 +233,7 @@ def test_products_in_8_bits_read_what_norms_and_products_give_in_8_bits(
     assert counts["fp8_quantize"] == 4
     assert "linear_activation" not in counts
     form = Form(precision="fp8", dropped=dropped, padded=("batch", "seq"))
-    cuda.export(capture, tmp_path, form, module=found.module, device="cpu")
+    cuda.export(capture, tmp_path, form, module=Flat(found.module, None), device="cpu")
     run = runtime.load(str(tmp_path / cuda.FILENAME), inputs=(), outputs=(), settings={})
     inputs = sample(bert.signature, {"batch": 3, "seq": 13}, rng)
     assert relative_error(run(list(inputs.values()))[0], answer(bert, inputs)) <= 0.2

@@ -28,24 +28,6 @@ def load_beside(name: str) -> Any:
     return module
 
 
-def array_of(tensor: Any) -> Any:
-    """A request's tensor where it is: NumPy's on the host, torch's on the GPU. Neither is a copy."""
-    if tensor.is_cpu():
-        return tensor.as_numpy()
-    import torch
-
-    return torch.utils.dlpack.from_dlpack(tensor.to_dlpack())
-
-
-def tensor_of(name: str, array: Any) -> Any:
-    if isinstance(array, np.ndarray):
-        # Triton copies from contiguous memory only; parts of a split along the first axis already are.
-        return pb_utils.Tensor(name, np.ascontiguousarray(array))
-    import torch
-
-    return pb_utils.Tensor.from_dlpack(name, torch.utils.dlpack.to_dlpack(array.contiguous()))  # type: ignore[attr-defined]
-
-
 class TritonPythonModel:
     """What the python backend loads, by this name."""
 
@@ -64,7 +46,8 @@ class TritonPythonModel:
         self.output_shapes = artifact["output_shapes"]
         self.padded_axes: dict[str, int] = artifact["padded_axes"]
         self.batched = json.loads(args["model_config"])["max_batch_size"] > 0
-        self.run = load_beside("runtime").load(
+        self.runtime = load_beside("runtime")
+        self.run = self.runtime.load(
             str(here / artifact["path"]), inputs=self.inputs, outputs=self.outputs, settings=settings
         )
 
@@ -72,7 +55,8 @@ class TritonPythonModel:
         """One response for each request. What runs together is answered as soon as it is done, the shortest first, so
         that its clients go on while the rest runs; what is alone is returned, which spares a message to the server."""
         arrays: list[Arrays] = [
-            [array_of(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs] for request in requests
+            [self.array_of(pb_utils.get_input_tensor_by_name(request, name)) for name in self.inputs]
+            for request in requests
         ]
         groups = self.batches(arrays)
         if len(groups) == 1:
@@ -104,4 +88,14 @@ class TritonPythonModel:
             return [pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{type(error).__name__}: {error}"))]
 
     def response(self, arrays: Arrays) -> Any:
-        return pb_utils.InferenceResponse([tensor_of(n, a) for n, a in zip(self.outputs, arrays, strict=True)])
+        return pb_utils.InferenceResponse([self.tensor_of(n, a) for n, a in zip(self.outputs, arrays, strict=True)])
+
+    def array_of(self, tensor: Any) -> Any:
+        """A request's tensor where it is: NumPy's on the host, the runtime's own on the GPU. Neither is a copy."""
+        return tensor.as_numpy() if tensor.is_cpu() else self.runtime.of_dlpack(tensor.to_dlpack())
+
+    def tensor_of(self, name: str, array: Any) -> Any:
+        if isinstance(array, np.ndarray):
+            # Triton copies from contiguous memory only; parts of a split along the first axis already are.
+            return pb_utils.Tensor(name, np.ascontiguousarray(array))
+        return pb_utils.Tensor.from_dlpack(name, self.runtime.to_dlpack(array))
