@@ -203,7 +203,9 @@ def execute(running: Any, requests: list[Request]) -> list[Any]:
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A loaded model.py with the test's runtime, in a process where Triton's module is its plainest form."""
     module = types.SimpleNamespace(
-        get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(as_numpy=lambda: request.tensors[name]),
+        get_input_tensor_by_name=lambda request, name: types.SimpleNamespace(
+            as_numpy=lambda: request.tensors[name], is_cpu=lambda: True
+        ),
         Tensor=lambda name, array: (name, array),
         TritonError=str,
         TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
