@@ -3,8 +3,9 @@
 //
 // Many rows: a persistent block makes tiles of 128 rows x kColumns, 64 rows to a warpgroup. A tile is finished (activation,
 // rounding, storing) while the tensor cores work on the next one.
-// Few rows (up to 64): out^T = weight x^T, 64 rows of the weight to a block; the blocks of a cluster share out K, and
-// add their sums through each other's shared memory. The weight is read once.
+// Few rows (up to 64) of a gated one: out^T = weight x^T, 64 rows of each weight to a block; the blocks of a cluster share
+// out K, and add their sums through each other's shared memory. The weights are read once.
+// Others of few rows or few tiles: hopper_shares.cu.
 
 #include <algorithm>
 
@@ -281,9 +282,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kFewThreads = 128 + 32;
 
-template <class T, int kRows, bool kGated>
+template <class T, int kRows>
 struct Few {
-  static constexpr int kWeights = kGated ? 2 : 1;
+  static constexpr int kWeights = 2;
   static constexpr int kStage = (64 * kWeights + kRows) * kLine;
   static constexpr int kPitch = 64 + 4;  // floats of one row of x in the sums: no bank meets two lanes
   static constexpr int kSums = kRows * kPitch;
@@ -296,13 +297,13 @@ struct Few {
   static_assert(kWeights * kSums * 4 <= kStages * kStage);
 };
 
-template <class T, class Out, int kRows, bool kGated>
+template <class T, class Out, int kRows>
 __global__ void __launch_bounds__(kFewThreads)
     multiply_few_rows(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                       const __grid_constant__ CUtensorMap gate, Out* const out, const int64_t out_stride,
                       const __grid_constant__ Finish f, const __grid_constant__ Grid g, const int blocks,
                       const bool constant) {
-  using S = Few<T, kRows, kGated>;
+  using S = Few<T, kRows>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t stages = shared_address(memory), received = stages + S::kStages * S::kStage;
   const uint32_t full = received + (S::kMostBlocks - 1) * S::kSent, empty = full + 8 * S::kStages;
@@ -341,13 +342,13 @@ __global__ void __launch_bounds__(kFewThreads)
         const uint32_t at = stages + to * S::kStage, barrier = full + 8 * to;
         arrive_expecting(barrier, S::kStage);
         copy_box(at, weight, k * kStep, column, barrier);
-        if (kGated) copy_box(at + 64 * kLine, gate, k * kStep, column, barrier);
+        copy_box(at + 64 * kLine, gate, k * kStep, column, barrier);
       };
       const int first = min(end - begin, S::kStages), early = constant ? first : 0;
       for (int i = 0; i < early; ++i) load_weights(begin + i, i);
       for (int k = begin + early; k < begin + first; ++k) {
         prefetch_box(weight, k * kStep, column);
-        if (kGated) prefetch_box(gate, k * kStep, column);
+        prefetch_box(gate, k * kStep, column);
       }
       wait_for_earlier_kernels();
       for (int k = begin; k < end; ++k, advance()) {
@@ -440,25 +441,14 @@ __global__ void __launch_bounds__(kFewThreads)
         a *= row_scale * f.weight_scale[first * f.weight_scale_step];
         b *= row_scale * f.weight_scale[second * f.weight_scale_step];
       }
-      if constexpr (kGated) {
-        float c = v[S::kWeights - 1][h], d = v[S::kWeights - 1][h + 1];
-        if constexpr (kIsF8<T>) {
-          c *= row_scale * f.gate_scale[first * f.gate_scale_step];
-          d *= row_scale * f.gate_scale[second * f.gate_scale_step];
-        }
-        activate<true, kExact<Out>>(f, c, d);
-        a *= c;
-        b *= d;
-      } else {
-        if (f.bias) {
-          a += to_float(static_cast<const BiasOf<T>*>(f.bias)[first]);
-          b += to_float(static_cast<const BiasOf<T>*>(f.bias)[second]);
-        }
-        if (f.smooth)
-          activate<true, kExact<Out>>(f, a, b);
-        else
-          activate<false, false>(f, a, b);
+      float c = v[S::kWeights - 1][h], d = v[S::kWeights - 1][h + 1];
+      if constexpr (kIsF8<T>) {
+        c *= row_scale * f.gate_scale[first * f.gate_scale_step];
+        d *= row_scale * f.gate_scale[second * f.gate_scale_step];
       }
+      activate<true, kExact<Out>>(f, c, d);
+      a *= c;
+      b *= d;
       const uint32_t both = packed<Out>(a * out_scale, b * out_scale);
       if constexpr (kIsF8<Out>)
         result[h / 4] = h % 4 ? result[h / 4] | both << 16 : both;
@@ -589,20 +579,20 @@ void run_tiles(const CudaLinear& a, int processors, void* stream) {
               kThreads, S::kBytes, stream, x, weight, gate, out, finish_of(a), g);
 }
 
-template <class T, class Out, int kRows, bool kGated>
+template <class T, class Out, int kRows>
 void run_few(const CudaLinear& a, int processors, void* stream) {
-  using S = Few<T, kRows, kGated>;
+  using S = Few<T, kRows>;
   Grid g{};
   g.rows = static_cast<int>(a.rows);
   g.columns = static_cast<int>(a.n);
   g.steps = blocks_of(a.k * sizeof(T), kLine);
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kRows);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, 64);
-  const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, 64) : weight;
+  const CUtensorMap gate = map_of<T>(a.gate, a.n, a.k, 64);
   const int tiles = blocks_of(a.n, 64);
   int blocks = 1;
   while (blocks < S::kMostBlocks && tiles * blocks * 2 <= processors && g.steps >= blocks * 4) blocks *= 2;
-  launch_clusters(multiply_few_rows<T, Out, kRows, kGated>, tiles * blocks, blocks, kFewThreads, S::kBytes, stream, x,
+  launch_clusters(multiply_few_rows<T, Out, kRows>, tiles * blocks, blocks, kFewThreads, S::kBytes, stream, x,
                   weight, gate, reinterpret_cast<Out*>(a.out.data), pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)},
                   finish_of(a), g, blocks, a.constant);
 }
@@ -659,9 +649,9 @@ bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
     if (a.rows == 1)
       run_dots<T, true>(a, stream);
     else if (a.rows <= 16)
-      run_few<T, T, 16, true>(a, processors, stream);
+      run_few<T, T, 16>(a, processors, stream);
     else if (a.rows <= 64)
-      run_few<T, T, 64, true>(a, processors, stream);
+      run_few<T, T, 64>(a, processors, stream);
     else
       run_tiles<T, T, 256, true>(a, processors, stream);
   } else {
@@ -683,9 +673,9 @@ bool fp8_linear_as(const CudaLinear& a, int processors, void* stream) {
   if (!fits<f8, Out>(a)) return false;
   if (a.gated) {
     if (a.rows <= 16)
-      run_few<f8, Out, 16, true>(a, processors, stream);
+      run_few<f8, Out, 16>(a, processors, stream);
     else if (a.rows <= 64)
-      run_few<f8, Out, 64, true>(a, processors, stream);
+      run_few<f8, Out, 64>(a, processors, stream);
     else
       run_tiles<f8, Out, 256, true>(a, processors, stream);
   } else if (!hopper_shares<f8, Out>(a, processors, stream)) {
