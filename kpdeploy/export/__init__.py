@@ -20,8 +20,8 @@ class Format:
     runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default. `library` is the file
     of kpdeploy.ops.libraries that holds the fused ops for its runtime, empty where the format cannot carry them; then
     `fused_variants` are those of an artifact with fused ops, and `leaves` the ops that are left to the format's own
-    compiler, `packed_leaves` where padding is dropped. `slow`: an export takes a minute. `by_level`: what is exported depends on hardware and level
-    (kpdeploy.backends), and there is no plain form.
+    compiler, `packed_leaves` where padding is dropped. `slow`: an export takes a minute. `by_level`: what is exported
+    depends on hardware and level (kpdeploy.backends), and there is no plain form.
 
     Raises (export): FormatUnavailable where the model's kind rules the format out; ExportFailed, PackageMissing.
     """
