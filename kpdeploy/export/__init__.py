@@ -20,8 +20,8 @@ class Format:
     runtime settings that are worth measuring (see kpdeploy.runtimes); the first is the default. `library` is the file
     of kpdeploy.ops.libraries that holds the fused ops for its runtime, empty where the format cannot carry them; then
     `fused_variants` are those of an artifact with fused ops, and `leaves` the ops that are left to the format's own
-    compiler. `slow`: an export takes a minute. `by_level`: what is exported depends on hardware and level
-    (kpdeploy.backends), and there is no plain form.
+    compiler, `packed_leaves` where padding is dropped. `slow`: an export takes a minute. `by_level`: what is exported
+    depends on hardware and level (kpdeploy.backends), and there is no plain form.
 
     Raises (export): FormatUnavailable where the model's kind rules the format out; ExportFailed, PackageMissing.
     """
@@ -33,6 +33,7 @@ class Format:
     library: str = ""
     fused_variants: Sequence[Mapping[str, Any]] = field(default=({},))
     leaves: tuple[str, ...] = ()
+    packed_leaves: tuple[str, ...] = ()
     slow: bool = False
     by_level: bool = False
 
@@ -50,6 +51,7 @@ FORMATS = {
             fused_variants=({"graph_level": "all"},),
             # What is cut from a joined product is copied here; small ones are as fast in ONNX Runtime's own.
             leaves=("parallel_linears", "small_linear"),
+            packed_leaves=("parallel_linears", "small_linear"),
         ),
         Format(name="openvino", filename="model.xml", export=openvino.export, variants=({"precision": "f32"},)),
         Format(name="torchscript", filename="model.pt", export=torchscript.export, library=libraries.TORCH),
@@ -61,6 +63,7 @@ FORMATS = {
             # AOTInductor lays frozen weights out for oneDNN once, and fuses the activation into the product: faster
             # than an op that is handed plain weights at each call.
             leaves=("linear_activation", "gated_linear", "linear", "small_linear"),
+            packed_leaves=(),  # it cannot lay them out for an unknown number of rows
             slow=True,
         ),
         Format(name="cuda", filename=cuda.FILENAME, export=cuda.export, library=libraries.TORCH, by_level=True),

@@ -125,8 +125,9 @@ def fuse_for(capture: Capture, formats: Sequence[Format], progress: Progress, *,
         skipped = list(missing[:1])
     else:
         with progress.step("fusing subgraphs"):
-            made = {left: _fused(capture, left) for left in {f.leaves: None for f in carry}}
-        fusions = {f.name: made[f.leaves] for f in carry}
+            leaves = {f.name: (f.leaves, f.packed_leaves) for f in carry}
+            made = {left: _fused(capture, *left) for left in dict.fromkeys(leaves.values())}
+        fusions = {name: made[left] for name, left in leaves.items()}
         skipped = [d for fusion in fusions.values() for d in fusion.decisions]
     if must and not any(fusion.capture for fusion in fusions.values()):
         why = "; ".join(f"{d.what}: {d.reason}" for d in skipped if isinstance(d, Skipped))
@@ -138,8 +139,8 @@ def fuse_for(capture: Capture, formats: Sequence[Format], progress: Progress, *,
     return fusions or {formats[0].name: Fusion(tuple(skipped))}
 
 
-def _fused(capture: Capture, left: tuple[str, ...]) -> Fusion:
-    """The fusion of all ops but those that are left to the format's own compiler."""
+def _fused(capture: Capture, left: tuple[str, ...], packed_left: tuple[str, ...]) -> Fusion:
+    """The fusion of all ops but those that are left to the format's own compiler, with padding and without."""
     from kpdeploy.optimize import fuse
     from kpdeploy.optimize.pack import pack
 
@@ -149,8 +150,9 @@ def _fused(capture: Capture, left: tuple[str, ...]) -> Fusion:
     fused = _again(capture, result.module, "-".join(("fused", *left)))
     if isinstance(fused, str):
         return Fusion((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {fused}"),))
-    told = pack(result.module)
-    packed = _again(capture, result.module, "-".join(("packed", *left))) if isinstance(told, Applied) else None
+    without = result.module if packed_left == left else fuse(capture.model, left=packed_left).module
+    told = pack(without)
+    packed = _again(capture, without, "-".join(("packed", *left))) if isinstance(told, Applied) else None
     if isinstance(packed, str):
         told, packed = Skipped(what=told.what, reason=f"the packed graph cannot be captured: {packed}"), None
     return Fusion((*result.decisions, told), fused, packed)
