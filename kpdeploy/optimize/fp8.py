@@ -47,7 +47,9 @@ class Layer:
     kept: bool = False
 
 
-def lower(module: GraphModule, samples: Sequence[Tensors], budget: float) -> tuple[list[Decision], list[Layer]]:
+def lower(
+    module: GraphModule, samples: Sequence[Tensors], budget: float
+) -> tuple[tuple[Decision, ...], tuple[Layer, ...]]:
     """Rewrite the products of a module in place, as many as hold the budget; what was decided, and every layer.
 
     `samples`: inputs of the module, by name in the order of its inputs.
@@ -74,7 +76,8 @@ def lower(module: GraphModule, samples: Sequence[Tensors], budget: float) -> tup
     named = ", ".join(f"{layer.name} {layer.error:.1e}" for layer in left[:3])
     why = f"the budget does not hold them; the errors of the worst alone: {named}"
     told = [Skipped(what=f"fp8 in {len(left)} products", reason=why)] if left else []
-    return [Applied(what=what, detail=detail), *told], [replace(layer, kept=layer in left) for layer in layers]
+    judged = tuple(replace(layer, kept=layer in left) for layer in layers)
+    return (Applied(what=what, detail=detail), *told), judged
 
 
 # Judging: what each product costs.

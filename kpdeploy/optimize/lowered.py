@@ -21,8 +21,8 @@ from kpdeploy.optimize.graph import name_of, sweep
 
 @dataclass(frozen=True, kw_only=True)
 class Lowered:
-    """The module, what was decided, and what each product costs in 8 bits (none in more). `constant`: what its fused ops
-    take for weights, biases and scales are tensors that it holds, and no results."""
+    """The module, what was decided, and what each product costs in 8 bits (none in more). `constant`: what its fused
+    ops take for weights, biases and scales are tensors that it holds, and no results."""
 
     module: GraphModule
     decisions: tuple[Decision, ...] = ()
@@ -52,7 +52,7 @@ def lowered(
         if bits != "float32":
             precision.lower(module, torch.bfloat16 if bits == "fp8" else getattr(torch, bits))
         if bits == "fp8":
-            decisions, layers = map(tuple, fp8.lower(module, samples, budget))
+            decisions, layers = fp8.lower(module, samples, budget)
         if dropped and isinstance(told := pack.pack(module, given=True), Skipped):
             raise ExportFailed("padding cannot be dropped", why=told.reason)
     constant = all(map(_weights_are_held, module.graph.nodes))

@@ -103,7 +103,7 @@ def bert() -> Model:
 
 @pytest.fixture(scope="module")
 def capture(bert: Model, tmp_path_factory: pytest.TempPathFactory) -> Capture:
-    found = _fused(Capture(bert, tmp_path_factory.mktemp("capture")), ()).capture
+    found = _fused(Capture(bert, tmp_path_factory.mktemp("capture")), (), ()).capture
     assert found is not None
     return found
 
@@ -261,7 +261,7 @@ def on_cpu(of: Model, folder: Path) -> tuple[OnGpu, Callable[[Any], Any]]:
         of.signature, lambda inputs: {of.signature.outputs[0].name: answer(of, inputs)}, np.random.default_rng()
     )
     tolerances = {"float32": 1e-5}
-    made = OnGpu(whole, _fused(whole, ()), (), 1e-2, Progress(), device="cpu")
+    made = OnGpu(whole, _fused(whole, (), ()), (), 1e-2, Progress(), device="cpu")
     return made, lambda artifact: prove_one(artifact, of, asked, tolerances)
 
 
