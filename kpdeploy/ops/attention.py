@@ -60,7 +60,35 @@ def fake(
     return query.new_empty(query.shape)
 
 
-ONNX_BODY = """
+HEADS = """\
+    query_heads = Transpose <perm = [0, 2, 3, 1, 4]> (query_rows)
+    key_heads = Transpose <perm = [0, 2, 3, 1]> (key_rows)
+    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_rows)
+    two = Constant <value_ints = [2]> ()
+    key_columns = Unsqueeze (key_heads, two)
+    value_columns = Unsqueeze (value_heads, two)
+"""
+"""Lines of a function of ONNX: rows of packed heads as matrices of each head, keys transposed."""
+
+ATTEND = """\
+    scale = Constant <value_float: float = @scale> ()
+    scale_like = CastLike (scale, query)
+    lowest = Constant <value_float = -3.3e38> ()
+    lowest_like = CastLike (lowest, query)
+    nothing = Constant <value_float = 0.0> ()
+    nothing_like = CastLike (nothing, query)
+    products = MatMul (query_heads, key_columns)
+    scores = Mul (products, scale_like)
+    masked = Where (visible, scores, lowest_like)
+    weights = Softmax <axis = -1> (masked)
+    kept = Where (visible, weights, nothing_like)
+    mixed = MatMul (kept, value_columns)
+"""
+"""Lines of a function of ONNX: the softmax of what is `visible`, times the values. A query that sees nothing gives
+0."""
+
+ONNX_BODY = (
+    """
 Attention <heads, kv_heads, scale, causal> (query, key, value, lengths) => (out) {
     one = Constant <value_int = 1> ()
     zero = Constant <value_int = 0> ()
@@ -82,12 +110,9 @@ Attention <heads, kv_heads, scale, causal> (query, key, value, lengths) => (out)
     query_rows = Reshape (query, grouped)
     key_rows = Reshape (key, split)
     value_rows = Reshape (value, split)
-    query_heads = Transpose <perm = [0, 2, 3, 1, 4]> (query_rows)
-    key_heads = Transpose <perm = [0, 2, 3, 1]> (key_rows)
-    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_rows)
-    two = Constant <value_ints = [2]> ()
-    key_columns = Unsqueeze (key_heads, two)
-    value_columns = Unsqueeze (value_heads, two)
+"""
+    + HEADS
+    + """\
 
     row = Range (zero, queries, one)
     column = Range (zero, keys, one)
@@ -106,23 +131,15 @@ Attention <heads, kv_heads, scale, causal> (query, key, value, lengths) => (out)
     counted = Less (column, bound)
     visible = And (seen, counted)
 
-    scale = Constant <value_float: float = @scale> ()
-    scale_like = CastLike (scale, query)
-    lowest = Constant <value_float = -3.3e38> ()
-    lowest_like = CastLike (lowest, query)
-    nothing = Constant <value_float = 0.0> ()
-    nothing_like = CastLike (nothing, query)
-    products = MatMul (query_heads, key_columns)
-    scores = Mul (products, scale_like)
-    masked = Where (visible, scores, lowest_like)
-    weights = Softmax <axis = -1> (masked)
-    kept = Where (visible, weights, nothing_like)
-    mixed = MatMul (kept, value_columns)
+"""
+    + ATTEND
+    + """\
     rows = Transpose <perm = [0, 3, 1, 2, 4]> (mixed)
     whole = Shape (query)
     out = Reshape (rows, whole)
 }
 """
+)
 """Queries are [B, kv_heads, group, Sq, D], keys and values [B, kv_heads, 1, Sk, D]."""
 
 

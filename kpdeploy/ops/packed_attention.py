@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import attention
+from kpdeploy.ops.attention import ATTEND, HEADS
 from kpdeploy.ops.op import Op
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ PLACES = ("sources", "targets", "offsets")
 itself: `sources` [T], their places in the batch, counted over its rows; `targets` [T], the same, where B * S is for a
 token that belongs nowhere; `offsets` [B + 1], where the tokens of each row begin."""
 
-ONNX_BODY = """
+ONNX_BODY = (
+    """
 PackedAttention <heads, kv_heads, scale, causal> (query, key, value, offsets) => (out) {
     one = Constant <value_int = 1> ()
     zero = Constant <value_int = 0> ()
@@ -102,12 +104,9 @@ PackedAttention <heads, kv_heads, scale, causal> (query, key, value, offsets) =>
     query_rows = Reshape <allowzero = 1> (query_batch, grouped)
     key_rows = Reshape <allowzero = 1> (key_batch, split)
     value_rows = Reshape <allowzero = 1> (value_batch, split)
-    query_heads = Transpose <perm = [0, 2, 3, 1, 4]> (query_rows)
-    key_heads = Transpose <perm = [0, 2, 3, 1]> (key_rows)
-    value_heads = Transpose <perm = [0, 2, 1, 3]> (value_rows)
-    two = Constant <value_ints = [2]> ()
-    key_columns = Unsqueeze (key_heads, two)
-    value_columns = Unsqueeze (value_heads, two)
+"""
+    + HEADS
+    + """\
 
     row = Unsqueeze (place, last)
     seen_causally = LessOrEqual (place, row)
@@ -118,18 +117,9 @@ PackedAttention <heads, kv_heads, scale, causal> (query, key, value, offsets) =>
     counted = Unsqueeze (real, inner)
     visible = And (seen, counted)
 
-    scale = Constant <value_float: float = @scale> ()
-    scale_like = CastLike (scale, query)
-    lowest = Constant <value_float = -3.3e38> ()
-    lowest_like = CastLike (lowest, query)
-    nothing = Constant <value_float = 0.0> ()
-    nothing_like = CastLike (nothing, query)
-    products = MatMul (query_heads, key_columns)
-    scores = Mul (products, scale_like)
-    masked = Where (visible, scores, lowest_like)
-    weights = Softmax <axis = -1> (masked)
-    kept = Where (visible, weights, nothing_like)
-    mixed = MatMul (kept, value_columns)
+"""
+    + ATTEND
+    + """\
     joined = Transpose <perm = [0, 3, 1, 2, 4]> (mixed)
 
     places_1 = Mul (batch_1, longest_1)
@@ -154,6 +144,7 @@ PackedAttention <heads, kv_heads, scale, causal> (query, key, value, offsets) =>
     out = Unsqueeze (picked, first)
 }
 """
+)
 """Sequences become rows as long as the longest, one row or place more is zeros: memory as of a padded batch."""
 
 
