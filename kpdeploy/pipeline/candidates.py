@@ -191,10 +191,13 @@ def try_formats(
             continue
         found: list[Candidate] = []
         fusion = fused.get(format.name)
-        # A slow export is made once: without, where that may be, for its compiler has fused better wherever measured.
-        if fusion is not None and not (format.slow and plain):
-            found += _try_fused(format, fusion, asked, tolerances, progress)
-        if plain:
+        # A slow export is made once: without padding where it can be dropped; else without fused ops, for its compiler
+        # has fused better wherever measured.
+        once = format.slow and plain
+        if fusion is not None:
+            wanted = replace(fusion, capture=None) if once else fusion
+            found += _try_fused(format, wanted, asked, tolerances, progress)
+        if plain and not (once and any(c.passed for c in found)):
             try:
                 found += _try_one(format, capture, asked, tolerances, progress, {})
             except (ExportFailed, FormatUnavailable, PackageMissing) as error:

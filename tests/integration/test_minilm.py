@@ -19,6 +19,7 @@ import torch
 import kpdeploy
 from kpdeploy.compare import relative_error
 from kpdeploy.errors import ModelNotServed
+from kpdeploy.export import FORMATS
 from kpdeploy.load.examples import minilm_folder
 from kpdeploy.load.huggingface import sentence_encoder
 from kpdeploy.serving.client import connect, connect_torchserve
@@ -26,7 +27,8 @@ from kpdeploy.serving.repository import read_repository
 from kpdeploy.serving.target import TARGETS
 
 FUSED = [("onnx", "always"), ("torchscript", "always"), ("pt2", "always")]
-FORMS = [*((format, "never") for format in TARGETS["triton"].formats if format != "pt2"), *FUSED]
+PLAIN = [f for f in TARGETS["triton"].formats if f != "pt2" and not FORMATS[f].by_level]
+FORMS = [*((format, "never") for format in PLAIN), *FUSED]
 """Each format, and those that can with fused ops."""
 
 
