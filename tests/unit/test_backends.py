@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from kpdeploy.backends import cpu, lowerings
+from kpdeploy.backends import cpu, lowerings, nvidia
 from kpdeploy.decision import Skipped
-from kpdeploy.errors import KpdeployError, LevelUnavailable, UnknownName
+from kpdeploy.errors import FormatUnavailable, KpdeployError, LevelUnavailable, UnknownName
 from kpdeploy.hardware import Gpu, Hardware, Problem
 from kpdeploy.pipeline.levels import rungs_of as rungs
 from kpdeploy.pipeline.levels import unusable
@@ -57,6 +57,21 @@ def test_a_gpu_has_ways_of_its_own_and_without_its_runtime_it_is_told_that_it_li
 
 def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kpdeploy.pipeline.levels.detect", lambda: hardware)
+
+
+def test_the_format_of_a_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(MODERN, monkeypatch)
+    with pytest.raises(FormatUnavailable, match="no NVIDIA GPU"):
+        rungs("triton", "cuda", "1", None)
+
+
+def test_8_bits_are_for_the_tensor_cores_that_the_kernels_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu: "")
+    older = replace(GPU, name="NVIDIA A100", capability="8.0")
+    ways = {way.precision: way.missing for way in nvidia.lowerings(replace(MODERN, gpus=(older,)))}
+    assert ways == {"float32": "", "float16": "", "bfloat16": "", "fp8": ways["fp8"]}
+    assert "NVIDIA A100 has compute capability 8.0" in ways["fp8"]
+    assert not any(way.missing for way in nvidia.lowerings(replace(MODERN, gpus=(GPU,))))
 
 
 def test_level_1_tries_nothing_and_auto_all_ways_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
