@@ -91,7 +91,10 @@ def pack(module: GraphModule, *, given: bool = False) -> Decision:
     region = _region(module.graph, tokens, attentions)
     if not all(node in region for node in attentions):
         return Skipped(what=WHAT, reason="an attention's queries and keys are not the tokens of the padding mask")
-    entering = {a for node in region for a in _tensor_arguments(node) if tokens.has(a) and a not in region}
+    # In the graph's order: the same model gives the same artifact.
+    entering = [
+        n for n in module.graph.nodes if tokens.has(n) and n not in region and any(u in region for u in n.users)
+    ]
     leaving = [n for n in region if tokens.has(n) and any(user not in region for user in n.users)]
     if (crossings := len(entering) + len(leaving)) > len(attentions) + 2:
         return Skipped(what=WHAT, reason=f"tokens meet others in {crossings} places between its attentions")
@@ -135,18 +138,14 @@ def _treats_each_alone(node: Node, tokens: _Tokens) -> bool:
         return all(map(tokens.has, node.args[:count])) and not any(map(tokens.has, node.args[count:]))
     if not LIGHT.get(name_of(node), _never)(node):
         return False
-    others = [a for a in _tensor_arguments(node) if not tokens.has(a)]
+    others = [a for a in node.all_input_nodes if not tokens.has(a)]
     return tokens.has(node.args[0]) and all(_is_a_channel(other) for other in others)
 
 
 def _is_a_channel(node: Node) -> bool:
     """One number for all tokens, or one for each channel."""
     found = node.meta.get("val")
-    return isinstance(found, torch.Tensor) and found.dim() <= 1
-
-
-def _tensor_arguments(node: Node) -> list[Node]:
-    return [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    return isinstance(found, (int, float)) or (isinstance(found, torch.Tensor) and found.dim() <= 1)
 
 
 def _reached(starts: Iterable[Node], following: Callable[[Node], Iterator[Node]]) -> set[Node]:
@@ -213,7 +212,7 @@ def _rewrite(
         made = insert(node, torch.ops.kpdeploy.packed_attention.default, args, node)
         node.replace_all_uses_with(made)
         region.add(made)
-    for node in [node for node in region if any(user not in region for user in node.users)]:
+    for node in [n for n in module.graph.nodes if n in region and any(user not in region for user in n.users)]:
         node.replace_all_uses_with(writer.unpacked(node), delete_user_cb=lambda user: user not in region | writer.added)
     if writer.places is not writer.batch:
         # An exported module takes a pytree, which it checks, and which knows nothing of the inputs that were added.
