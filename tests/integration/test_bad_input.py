@@ -322,7 +322,9 @@ def listing(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-STEP = re.compile(r"(loading|capturing|taking|fusing|exporting|proving|measuring|publishing|checking|connecting) .*")
+STEP = re.compile(
+    r"(loading|capturing|taking|fusing|exporting|proving|measuring|planning|publishing|checking|connecting) .*"
+)
 
 
 def assert_one_clear_message(result: subprocess.CompletedProcess[str], code: int, says: list[str]) -> None:
@@ -543,9 +545,12 @@ def test_a_good_export_says_its_steps_and_the_next_command_and_nothing_else(good
         "capturing the graph",
         "taking the baseline of the unmodified model",
         "fusing subgraphs",
+        "exporting torchscript with fused ops",
+        "proving torchscript (fused ops) in a fresh process",
         "exporting torchscript",
         "proving torchscript in a fresh process",
         "measuring what passed",
+        "planning its memory",
         f"publishing lin in {good.repo}",
         f"next: kpdeploy serve {good.repo}",
     ]
@@ -609,7 +614,7 @@ def test_ctrl_c_leaves_nothing(step: str, space: Space) -> None:
 def test_a_killed_export_leaves_the_repository_whole_and_the_next_one_sweeps(good: Good, space: Space) -> None:
     shutil.copytree(good.repo, space.repo)
     dice = random.Random(20_26)
-    steps = ["loading", "capturing", "taking", "exporting", "proving", "measuring", "publishing"]
+    steps = ["loading", "capturing", "taking", "exporting", "proving", "measuring", "planning", "publishing"]
     left = 0
     for index in range(10):
         process = space.start(*LIN, "--format", "torchscript")

@@ -75,7 +75,15 @@ def torchserve(served: tuple[Path, str], tmp_path_factory: pytest.TempPathFactor
         inputs, outputs = package.served_names(format, manifest.signature)
         package.publish(
             str(folder / "store"),
-            replace(manifest, target="torchserve", input_names=inputs, output_names=outputs, max_batch_size=32),
+            replace(
+                manifest,
+                target="torchserve",
+                input_names=inputs,
+                output_names=outputs,
+                # Triton gives a .pt2 no batches; TorchServe gives it what its proof allows.
+                max_batch_size=32,
+                padded_axes=("seq",),
+            ),
             files,
         )
     free = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "management_port": 0}
