@@ -495,7 +495,7 @@ def mounted(folder: Path, *options: str) -> Iterator[None]:
 
 def test_a_full_repository_is_told_and_stays_as_it_was(space: Space) -> None:
     with mounted(space.repo, "size=1m"):
-        result = space.run("export", "fac:wide", "--format", "torchscript")
+        result = space.run("export", "fac:wide", "--format", "torchscript", "--fuse", "never")
         assert_one_clear_message(result, 41, [str(space.repo), "No space left", "needs 4"])
         assert list(space.repo.iterdir()) == []
     assert in_temporary(space.temp) == []
