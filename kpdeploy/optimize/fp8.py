@@ -249,4 +249,6 @@ def _constant(module: GraphModule, before: Node, value: torch.Tensor) -> Node:
     name = f"fp8_{sum(1 for _ in module.buffers())}"
     module.register_buffer(name, value.to(next(module.parameters()).device))
     with before.graph.inserting_before(before):
-        return before.graph.get_attr(name)
+        node = before.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
