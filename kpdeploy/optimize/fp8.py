@@ -19,11 +19,13 @@ from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.ops.fp8_quantize import LARGEST
-from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, sweep, take
+from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, parameter, sweep, take
 
 ops = torch.ops.kpdeploy
 
 E4M3 = torch.float8_e4m3fn
+
+Outputs = Sequence[torch.Tensor]
 
 MULTIPLE = 16
 """Rows and columns of a weight that the kernels take."""
@@ -59,10 +61,10 @@ def lower(
     """
     device = next(module.parameters()).device
     inputs = [[torch.from_numpy(a).to(device) for a in sample.values()] for sample in samples]
-    layers = _judged(module, inputs)
+    layers, plain = _judged(module, inputs)
     if not layers:
         raise ExportFailed("there is no product to compute in 8 bits", why="its sizes are no multiples of 16")
-    chosen, error = _chosen(module, inputs, layers, budget * MARGIN)
+    chosen, error = _chosen(module, inputs, plain, layers, budget * MARGIN)
     if not chosen:
         worst = max(layer.error for layer in layers)
         raise ExportFailed(
@@ -110,8 +112,13 @@ class _Simulated(Interpreter):
         return super().run_node(n)
 
 
+def _in_8_bits(value: torch.Tensor, scale: Any) -> torch.Tensor:
+    eight: torch.Tensor = (value.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3)
+    return eight
+
+
 def _rounded(value: torch.Tensor, scale: Any) -> torch.Tensor:
-    rounded: torch.Tensor = (value.float() / scale).clamp(-LARGEST, LARGEST).to(E4M3).float() * scale
+    rounded: torch.Tensor = _in_8_bits(value, scale).float() * scale
     return rounded.to(value.dtype)
 
 
@@ -120,7 +127,8 @@ def weight_scales(weight: torch.Tensor) -> torch.Tensor:
     return (weight.float().abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> list[Layer]:
+def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> tuple[list[Layer], list[Outputs]]:
+    """Each product, judged alone; and what the module gives with none rounded."""
     nodes = [node for node in calls(module.graph, ops.linear_activation.default) if _fits(node)]
     looking = _Simulated(module, {})
     plain = [looking.run(*tensors) for tensors in inputs]
@@ -132,10 +140,10 @@ def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> li
         error = max(_error(run.run(*inputs[i]), plain[i]) for i in few)
         weight: Any = node.args[1]
         found.append(Layer(node=node, name=str(weight.target), scale=scales[node], error=error))
-    return found
+    return found, plain
 
 
-def _error(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+def _error(outputs: Outputs, expected: Outputs) -> float:
     """The largest ‖out − ref‖ / ‖ref‖ of the outputs; infinite where one is not finite."""
     pairs = [(a.double(), b.double()) for a, b in zip(outputs, expected, strict=True) if b.is_floating_point()]
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs]
@@ -143,11 +151,14 @@ def _error(outputs: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) ->
 
 
 def _chosen(
-    module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]], layers: Sequence[Layer], budget: float
+    module: GraphModule,
+    inputs: Sequence[Sequence[torch.Tensor]],
+    plain: Sequence[Outputs],
+    layers: Sequence[Layer],
+    budget: float,
 ) -> tuple[list[Layer], float]:
     """As many of the layers as hold the budget together, those that cost least first; and what they cost."""
     order = sorted(layers, key=lambda layer: layer.error)
-    plain = [_Simulated(module, {}).run(*tensors) for tensors in inputs]
     scales = {layer.node: layer.scale for layer in layers}
 
     def cost(count: int) -> float:
@@ -181,9 +192,10 @@ def _rewrite(module: GraphModule, chosen: Sequence[Layer]) -> None:
 def _rewrite_one(module: GraphModule, layer: Layer, chosen: Mapping[Node, Layer], inputs: dict[Node, Node]) -> None:
     node = layer.node
     x, weight, bias, activation = node.args
-    held = _tensor(module, weight)
-    rows = weight_scales(held)
-    eight = (held.float() / rows[:, None]).clamp(-LARGEST, LARGEST).to(E4M3)
+    held = parameter(module, weight)
+    assert held is not None  # _fits
+    rows = weight_scales(held.detach())
+    eight = _in_8_bits(held.detach(), rows[:, None])
     source = _uncast(x)
     if source not in inputs:
         inputs[source] = _quantized(module, source, node, layer.scale)
@@ -233,11 +245,6 @@ def _quantized(module: GraphModule, source: Node, before: Node, scale: float) ->
         for user in list(maker.users):
             user.replace_input_with(maker, made)
     return take(before, made, 1 if alone else 2, source)
-
-
-def _tensor(module: GraphModule, node: Any) -> torch.Tensor:
-    found: torch.Tensor = operator.attrgetter(node.target)(module)
-    return found.detach()
 
 
 def _scale(module: GraphModule, before: Node, scale: float) -> Node:

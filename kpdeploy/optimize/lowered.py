@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.optimize import fp8, pack, precision
-from kpdeploy.optimize.graph import name_of, sweep
+from kpdeploy.optimize.graph import name_of, parameter, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +72,12 @@ def _fold(module: GraphModule) -> None:
         if not isinstance(node.target, torch._ops.OpOverload) or node.is_impure():
             continue
         makers = node.all_input_nodes
-        if makers and all(maker.op == "get_attr" for maker in makers):
-            held = {maker: operator.attrgetter(str(maker.target))(module).detach() for maker in makers}
+        held = {maker: parameter(module, maker) for maker in makers}
+        if makers and all(tensor is not None for tensor in held.values()):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
             value = node.target(*args, **kwargs)
             if isinstance(value, torch.Tensor):
-                module.register_buffer(f"folded_{node.name}", value)
+                module.register_buffer(f"folded_{node.name}", value.detach())
                 with module.graph.inserting_before(node):
                     made = module.graph.get_attr(f"folded_{node.name}")
                 made.meta["val"] = node.meta.get("val", value)

@@ -256,8 +256,8 @@ class _Bucket:
             if target.shape != array.shape:
                 target[...] = 0
             target[tuple(map(slice, array.shape))] = array
-        if self.graphs.on_gpu:
-            # What came on the GPU is in its place.
-            begin = self.begins[len(arrays)] if on_gpu and tokens is not None else 0
-            used = slice(self.end if on_gpu and tokens is None else begin, self.end)
+        # What came on the GPU is in its place.
+        staged = self.begins[len(arrays) :] if on_gpu else self.begins
+        if self.graphs.on_gpu and staged:
+            used = slice(staged[0], self.end)
             self.graphs.memory[used].copy_(self.graphs.host[used], non_blocking=True)
