@@ -35,7 +35,7 @@ class GrpcWire:
         self._channel = grpc.aio.insecure_channel(url, options=unlimited)
         # Without serializers the channel takes and gives bytes.
         self._infer = self._channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
-        self._bodies = [_grpc_body(model, tensors) for tensors in requests]
+        self._bodies = [grpc_body(model, tensors) for tensors in requests]
         self._timeout = timeout_seconds
 
     async def send(self, index: int) -> str:
@@ -51,7 +51,7 @@ class GrpcWire:
         await self._channel.close()
 
 
-def _grpc_body(model: str, tensors: Mapping[str, Array]) -> bytes:
+def grpc_body(model: str, tensors: Mapping[str, Array]) -> bytes:
     from tritonclient.grpc import service_pb2
 
     request = service_pb2.ModelInferRequest(model_name=model)
@@ -77,7 +77,7 @@ class HttpWire:
             headers={"Authorization": f"Bearer {token}"} if token else {},
         )
         self._address = f"http://{url}/v2/models/{quote(model)}/infer"
-        self._bodies = [_http_body(tensors) for tensors in requests]
+        self._bodies = [http_body(tensors) for tensors in requests]
         self._timeout = timeout_seconds
 
     async def send(self, index: int) -> str:
@@ -95,7 +95,7 @@ class HttpWire:
         await self._session.close()
 
 
-def _http_body(tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, str]]:
+def http_body(tensors: Mapping[str, Array]) -> tuple[bytes, dict[str, str]]:
     from tritonclient.http import InferenceServerClient, InferInput
 
     inputs = []

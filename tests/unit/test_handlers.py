@@ -184,9 +184,9 @@ def test_bench_sends_the_golden_requests_of_a_handler(tmp_path: Path) -> None:
     found = recipe.requests(3)
     assert [request["image"].tolist() for request in found] == [[[png(300, 260)]], [[png(230, 330)]], [[png(300, 260)]]]
     assert set(WIRES) == {"grpc", "http"}
-    from kpdeploy.bench.wire import _grpc_body, _http_body
+    from kpdeploy.bench.wire import grpc_body, http_body
 
-    for body in (_grpc_body("tiny_image", found[0]), _http_body(found[0])[0]):
+    for body in (grpc_body("tiny_image", found[0]), http_body(found[0])[0]):
         assert len(png(300, 260)).to_bytes(4, "little") + png(300, 260) in body
 
 
