@@ -125,6 +125,12 @@ def _token_counts(point: Point, lead: str) -> list[int]:
     return sorted({max(1, math.ceil(places * part / parts)) for part in range(max(1, parts // 4), parts + 1)})
 
 
+def form_of(folder: Path) -> Form:
+    """The form of what `export` wrote there, but for its precision."""
+    described = json.loads((folder / GRAPHS).read_text())
+    return Form(dropped=described["mask"] is not None, padded=tuple(described["padded"]))
+
+
 def told(form: Form) -> Decision:
     """What a form means to whoever serves it."""
     axes = " and ".join(form.padded) or "no axis"

@@ -45,7 +45,7 @@ class OnGpu:
         library = find(TORCH)
         if isinstance(library, Skipped):
             return replace(found, reason=f"{library.what} is missing: {library.reason}")
-        for index, form in enumerate(self._forms(way)):
+        for index, form in enumerate(self._forms(way, known)):
             folder = self.capture.folder / "artifacts" / f"{way.format}-{way.precision}-{index}"
             folder.mkdir(parents=True)
             shutil.copyfile(library, folder / library.name)
@@ -54,10 +54,15 @@ class OnGpu:
                 break
         return found
 
-    def _forms(self, way: Lowering) -> Iterator[Form]:
-        """Without padding before with it; requests filled up along fewer and fewer axes, until answers are right."""
-        from kpdeploy.export.cuda import Form
+    def _forms(self, way: Lowering, known: Sequence[Candidate]) -> Iterator[Form]:
+        """The form that was right in more bits. Else without padding before with it, and requests filled up along fewer
+        and fewer axes, until answers are right."""
+        from kpdeploy.export.cuda import Form, form_of
 
+        right = [c.artifact for c in known if c.passed and c.format == way.format and c.artifact is not None]
+        if right:
+            yield replace(form_of(right[0].folder), precision=way.precision)
+            return
         lead = lead_axis(self.capture.signature)
         padded = dict.fromkeys([(lead, *masked_axes(self.capture.signature)), (lead,), ()])
         if self.fusion.packed is not None:

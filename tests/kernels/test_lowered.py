@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,6 @@ def test_where_padding_shows_the_next_form_is_tried(tmp_path: Path) -> None:
     found = maker.candidate(WAY, [], prove)
     assert found.passed, found.reason
     assert "padding" not in found.settings
+    # The form is a matter of the model, not of its precision.
+    (form,) = maker._forms(replace(WAY, level=2, precision="float16"), [found])
+    assert (form.precision, form.dropped) == ("float16", False)
