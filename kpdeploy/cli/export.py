@@ -221,6 +221,8 @@ def show(report: ExportReport) -> None:
 def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ...]:
     from kpdeploy.cli import console
 
+    if candidate.artifact is None:
+        return (candidate.label, "out", "", *([""] * points), "")
     if candidate.verdict is None:
         return (candidate.label, console.mark(False), "", *([""] * points), "")
     worst = candidate.verdict.worst
@@ -233,7 +235,7 @@ def _row(candidate: Candidate, points: int, *, chosen: bool) -> tuple[object, ..
 
 def _layers(candidate: Candidate) -> str:
     """The layers with the largest errors of their own, and what stayed in float."""
-    kept = sum(layer.precision != "int8" for layer in candidate.layers)
+    kept = sum(layer.precision not in ("int8", "fp8") for layer in candidate.layers)
     worst = sorted(candidate.layers, key=lambda layer: -layer.error)[:4]
     told = ", ".join(f"{layer.name} {layer.error:.1e} ({layer.precision})" for layer in worst)
     of = f"{len(candidate.layers)} layers, {kept} left in float"

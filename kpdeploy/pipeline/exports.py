@@ -170,7 +170,8 @@ def export(
         on_gpu = OnGpu(capture, fusion, samples, budget.as_error, progress)
         lower = Lower(capture, asked, real, samples, budget, tolerances, progress, on_gpu)
         for rung in rungs:
-            candidates += [lower.candidate(way, candidates) for way in rung]
+            for way in rung:
+                candidates.append(lower.candidate(way, candidates))
             candidates, windows = measure(candidates, settled.signature, progress)
             chosen = fastest(candidates, format, asked + real)
             if latency_budget_ms is not None and chosen.latencies[0].p50_ms <= latency_budget_ms:

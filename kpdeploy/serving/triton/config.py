@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,7 @@ LOADERS = {
 _GRAPH_LEVELS = {"none": 2, "basic": -1, "extended": 1}
 """ONNX Runtime's optimization levels in Triton's numbers; `all` is what it does when nothing is said."""
 
-_LONGEST_DELAY_US = 1000
+_LEAST_DELAY_US, _LONGEST_DELAY_US = 100, 1000
 
 
 def served_names(format: str, signature: Signature) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -178,9 +179,12 @@ def allow_ragged(config: Any, manifest: Manifest) -> None:
 
 
 def _queue_delay_us(baseline: Baseline) -> int:
-    """How long a request may wait for company: a twentieth of what a small request costs anyway, at most 1 ms."""
-    fastest_ms = min((latency.p50_ms for latency in baseline.latencies), default=0.0)
-    return min(_LONGEST_DELAY_US, round(fastest_ms * 1000 / 20))
+    """How long a request may wait for company: a twentieth of what a small request costs the packaged artifact anyway,
+    at most 1 ms. Not at all where that is less than going to sleep and waking up costs."""
+    packaged = [statistics.median(windows.p50_ms) for windows in baseline.windows]
+    fastest_ms = min(packaged or [latency.p50_ms for latency in baseline.latencies], default=0.0)
+    delay_us = min(_LONGEST_DELAY_US, round(fastest_ms * 1000 / 20))
+    return delay_us if delay_us >= _LEAST_DELAY_US else 0
 
 
 def _warmup_inputs(manifest: Manifest, baseline: Baseline) -> Iterator[tuple[str, str, Array]]:
