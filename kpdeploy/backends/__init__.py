@@ -15,14 +15,15 @@ LEVELS = (1, 2, 3)
 @dataclass(frozen=True, kw_only=True)
 class Lowering:
     """One way to compute in fewer bits: an artifact of `format`, quantized first by the scheme `quantized` where that
-    is named (see kpdeploy.export.int8.SCHEMES), loaded with `settings`. `missing` says what this machine lacks for it;
-    then it is not tried."""
+    is named (see kpdeploy.export.int8.SCHEMES), or of the graph with fused ops, lowered before it is exported, where it
+    is `fused`; loaded with `settings`. `missing` says what this machine lacks for it; then it is not tried."""
 
     level: int
     precision: str
     format: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     quantized: str = ""
+    fused: bool = False
     missing: str = ""
 
     @property

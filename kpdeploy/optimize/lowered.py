@@ -30,12 +30,19 @@ class Lowered:
 
 
 def lowered(
-    program: Any, *, bits: str, dropped: bool, device: str, samples: Sequence[Tensors] = (), budget: float = 0
+    program: Any,
+    *,
+    bits: str,
+    dropped: bool,
+    device: str,
+    samples: Sequence[Tensors] = (),
+    budget: float = 0,
+    told: bool = True,
 ) -> Lowered:
     """A copy of an exported program's module in `bits`: float32, float16, bfloat16 or fp8; its inputs and outputs stay.
 
-    `dropped`: without padding, of which the module is told by three inputs more (kpdeploy.optimize.pack). `samples` are
-    inputs that fp8 takes its scales from, `budget` the error that it may have on them.
+    `dropped`: without padding, of which the module is `told` by three inputs more (kpdeploy.optimize.pack), or which it
+    finds in the mask. `samples` are inputs that fp8 takes its scales from, `budget` the error that it may have on them.
 
     Raises:
         ExportFailed: no product fits in 8 bits, or padding cannot be dropped.
@@ -52,8 +59,8 @@ def lowered(
             precision.lower(module, torch.bfloat16 if bits == "fp8" else getattr(torch, bits))
         if bits == "fp8":
             decisions, layers = fp8.lower(module, samples, budget)
-        if dropped and isinstance(told := pack.pack(module, given=True), Skipped):
-            raise ExportFailed("padding cannot be dropped", why=told.reason)
+        if dropped and isinstance(found := pack.pack(module, given=told), Skipped):
+            raise ExportFailed("padding cannot be dropped", why=found.reason)
     constant = all(map(_weights_are_held, module.graph.nodes))
     return Lowered(module=module, decisions=decisions, layers=layers, constant=constant)
 

@@ -147,18 +147,18 @@ def _fused(capture: Capture, left: tuple[str, ...], packed_left: tuple[str, ...]
     result = fuse(capture.model, left=left)
     if not result.counts:
         return Fusion(result.decisions)
-    fused = _again(capture, result.module, "-".join(("fused", *left)))
+    fused = capture_again(capture, result.module, "-".join(("fused", *left)))
     if isinstance(fused, str):
         return Fusion((Skipped(what="fused ops", reason=f"the fused graph cannot be captured: {fused}"),))
     without = result.module if packed_left == left else fuse(capture.model, left=packed_left).module
     told = pack(without)
-    packed = _again(capture, without, "-".join(("packed", *left))) if isinstance(told, Applied) else None
+    packed = capture_again(capture, without, "-".join(("packed", *left))) if isinstance(told, Applied) else None
     if isinstance(packed, str):
         told, packed = Skipped(what=told.what, reason=f"the packed graph cannot be captured: {packed}"), None
     return Fusion((*result.decisions, told), fused, packed)
 
 
-def _again(capture: Capture, module: GraphModule, name: str) -> Capture | str:
+def capture_again(capture: Capture, module: GraphModule, name: str) -> Capture | str:
     """A rewritten module, captured with the same axes, to be exported below a folder of this name; or why not."""
     from kpdeploy.export.capture import settle_axes
     from kpdeploy.load.flat import Flat
@@ -236,7 +236,7 @@ def _try_one(
     """
     fused = bool(settings)
     try:
-        artifact = _export_one(format, capture, progress, fused=fused)
+        artifact = export_one(format, capture, progress, fused=fused)
     except (ExportFailed, FormatUnavailable, PackageMissing) as error:
         if not fused:
             raise
@@ -250,7 +250,7 @@ def _try_one(
     return candidates
 
 
-def _export_one(format: Format, capture: Capture, progress: Progress, *, fused: bool) -> Artifact:
+def export_one(format: Format, capture: Capture, progress: Progress, *, fused: bool) -> Artifact:
     kind = f"{format.name} with fused ops" if fused else format.name
     folder = capture.folder / "artifacts" / format.name
     folder.mkdir(parents=True)

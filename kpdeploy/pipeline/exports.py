@@ -24,6 +24,7 @@ from kpdeploy.inputs import Array, Tensors, lead_axis, measured_points, sample
 from kpdeploy.model import Model
 from kpdeploy.monitoring.history import Entry, record, values_of
 from kpdeploy.ops.libraries import contract
+from kpdeploy.pipeline.bf16 import FusedInBf16
 from kpdeploy.pipeline.candidates import Candidate, Fusion, fastest, formats_of, fuse_for, told_of, try_formats
 from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.pipeline.layout import Wanted, lay_out
@@ -168,7 +169,8 @@ def export(
         candidates = try_formats(capture, fused, wanted, asked + real, tolerances, progress, plain=fuse != "always")
         fusion = fused.get("cuda", Fusion(()))
         on_gpu = OnGpu(capture, fusion, samples, budget.as_error, progress)
-        lower = Lower(capture, asked, real, samples, budget, tolerances, progress, on_gpu)
+        in_bf16 = FusedInBf16(fused, progress)
+        lower = Lower(capture, asked, real, samples, budget, tolerances, progress, on_gpu, in_bf16)
         for rung in rungs:
             for way in rung:
                 candidates.append(lower.candidate(way, candidates))

@@ -17,6 +17,7 @@ from kpdeploy.errors import BudgetUnmet, ExportFailed, FormatUnavailable, LevelU
 from kpdeploy.hardware import detect
 from kpdeploy.inputs import Tensors, point_of
 from kpdeploy.model import Model
+from kpdeploy.pipeline.bf16 import FusedInBf16
 from kpdeploy.pipeline.candidates import Candidate, prove_one
 from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.progress import Progress
@@ -159,10 +160,13 @@ class Lower:
     tolerances: Mapping[str, float]
     progress: Progress
     on_gpu: OnGpu | None = None
+    in_bf16: FusedInBf16 | None = None
 
     def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
         if self.on_gpu is not None and way.format == "cuda" and not way.missing:
             return self.on_gpu.candidate(way, known, partial(self._proven, way))
+        if self.in_bf16 is not None and way.fused and not way.missing:
+            return self.in_bf16.candidate(way, partial(self._proven, way))
         blank = Candidate(format=way.format, settings=way.settings, level=way.level, reason=way.missing)
         plain = next((c.artifact for c in known if c.format == way.format and c.level == 1 and not c.fused), None)
         if way.missing:

@@ -21,15 +21,17 @@ GPU = Gpu(name="NVIDIA H100", capability="9.0", memory_bytes=80 << 30, driver="5
 
 
 def test_a_processor_with_the_instructions_has_both_levels_and_int8_leaves_the_rest_in_bf16() -> None:
-    bf16, int8, dynamic = cpu.lowerings(MODERN)
+    bf16, fused, int8, dynamic = cpu.lowerings(MODERN)
     assert (bf16.level, bf16.missing, bf16.settings) == (2, "", {"precision": "bf16"})
+    assert (fused.level, fused.fused, fused.precision, fused.format) == (2, True, "bfloat16", "torchscript")
     assert (int8.level, int8.missing, int8.settings["precision"], int8.quantized) == (3, "", "bf16", "static")
     assert (dynamic.level, dynamic.quantized, dynamic.settings["activation_group"]) == (3, "dynamic", 128)
 
 
 def test_a_processor_without_says_which_instructions_it_lacks() -> None:
-    bf16, int8, _ = cpu.lowerings(PLAIN)
+    bf16, fused, int8, _ = cpu.lowerings(PLAIN)
     assert "Old CPU has no bf16 instructions (amx_bf16" in bf16.missing
+    assert fused.missing == bf16.missing
     assert "has no int8 instructions" in int8.missing
     # What is not quantized then computes in float32.
     assert int8.settings["precision"] == "f32"
@@ -37,7 +39,7 @@ def test_a_processor_without_says_which_instructions_it_lacks() -> None:
 
 def test_int8_without_nncf_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert cpu.lowerings(MODERN)[1].missing == "the package nncf is missing: pip install nncf"
+    assert cpu.lowerings(MODERN)[2].missing == "the package nncf is missing: pip install nncf"
 
 
 def test_a_gpu_has_ways_of_its_own_and_without_its_runtime_it_is_told_that_it_lies_idle(
@@ -78,28 +80,28 @@ def test_level_1_tries_nothing_and_auto_all_ways_in_one_go(monkeypatch: pytest.M
     on(MODERN, monkeypatch)
     assert rungs("triton", "auto", "1", None) == [()]
     (all_at_once,) = rungs("triton", "auto", "auto", None)
-    assert [way.level for way in all_at_once] == [2, 3, 3]
+    assert [way.level for way in all_at_once] == [2, 2, 3, 3]
 
 
 def test_with_a_latency_budget_each_level_is_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     on(MODERN, monkeypatch)
-    assert [[way.level for way in step] for step in rungs("triton", "auto", "auto", 5.0)] == [[], [2], [3, 3]]
+    assert [[way.level for way in step] for step in rungs("triton", "auto", "auto", 5.0)] == [[], [2, 2], [3, 3]]
 
 
 @pytest.mark.parametrize(
-    ("hardware", "target", "format", "says"),
+    ("hardware", "target", "format", "level", "says"),
     [
-        (PLAIN, "triton", "auto", "Old CPU has no bf16 instructions"),
-        (MODERN, "torchserve", "auto", "which torchserve does not serve"),
-        (MODERN, "triton", "onnx", "onnx was asked for"),
+        (PLAIN, "triton", "auto", "2", "Old CPU has no bf16 instructions"),
+        (MODERN, "torchserve", "auto", "3", "which torchserve does not serve"),
+        (MODERN, "triton", "onnx", "2", "onnx was asked for"),
     ],
 )
 def test_a_level_that_cannot_be_had_is_an_error_and_in_auto_a_reason(
-    hardware: Hardware, target: str, format: str, says: str, monkeypatch: pytest.MonkeyPatch
+    hardware: Hardware, target: str, format: str, level: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on(hardware, monkeypatch)
     with pytest.raises(LevelUnavailable) as told:
-        rungs(target, format, "2", None)
+        rungs(target, format, level, None)
     assert says in told.value.why
     (ways,) = rungs(target, format, "auto", None)
     assert says in ways[0].missing
