@@ -9,8 +9,8 @@ settings, in interleaved rounds of the same requests. A peer whose answers miss 
 0.99) is a row that does not count. The accuracy of each level is told on benchmarks/sentences.txt, one sentence a
 request, of which neither scales nor left-out layers were found.
 
-MiniLM has its real weights; BERT-base, GPT-2 and ViT-B/16 have random ones, which say nothing about a task: their
-measures are those of random models.
+MiniLM has its real weights; BERT-base, GPT-2 and ViT-B/16 have random ones, which say nothing about a task: the best of
+their logits is as near to the second as chance has it, so that their budget is a cosine, and no share of top answers.
 """
 
 from __future__ import annotations
@@ -44,8 +44,13 @@ from kpdeploy.runtimes.process import RuntimeProcess
 HERE = Path(__file__).parent
 RUNTIMES = HERE / "peer_runtimes"
 LEAST_COSINE = 0.99
-EXPORTED = (2, 3)
-"""Level 1 is level 2's file, computed in float32."""
+EXPORTED: dict[str, dict[str, str]] = {
+    "2": {"format": "openvino", "fuse": "never"},
+    "3": {"format": "openvino", "fuse": "never"},
+    "2 fused": {"format": "torchscript", "fuse": "auto"},
+}
+"""What is exported by which level; level 1 is level 2's file, computed in float32. "2 fused" drops padding, and is made
+of a model that takes a mask."""
 DEFAULT = "OpenVINO as it comes (bf16 here)"
 
 
@@ -56,7 +61,12 @@ class Subject:
     model: str
     inputs: tuple[str, ...]
     budget: str
-    points: tuple[tuple[int, int], ...]
+    points: tuple[tuple[int, int, str], ...]
+    """Rows, length, and "padded" where the rows' lengths are from an eighth of it to the whole."""
+
+    @property
+    def exported(self) -> tuple[str, ...]:
+        return tuple(EXPORTED) if any(kind for _, _, kind in self.points) else ("2", "3")
 
     @property
     def images(self) -> bool:
@@ -64,21 +74,26 @@ class Subject:
 
 
 SUBJECTS = {
-    "minilm": Subject(model="minilm", inputs=(), budget="cosine=0.99", points=((8, 128), (1, 128))),
+    "minilm": Subject(
+        model="minilm", inputs=(), budget="cosine=0.99", points=((8, 128, ""), (1, 128, ""), (8, 128, "padded"))
+    ),
     "bert": Subject(
         model="level_models:bert",
         inputs=("x:int64[batch=1..8,seq=1..128]{0..30521}",),
         budget="cosine=0.99",
-        points=((1, 128),),
+        points=((1, 128, ""),),
     ),
     "gpt2": Subject(
         model="level_models:gpt2",
         inputs=("x:int64[batch=1..2,seq=1..256]{0..30521}",),
-        budget="top1=0.99",
-        points=((1, 256),),
+        budget="cosine=0.99",
+        points=((1, 256, ""),),
     ),
     "vit": Subject(
-        model="level_models:vit", inputs=("x:float32[batch=1..8,3,224,224]",), budget="top1=0.99", points=((1, 224),)
+        model="level_models:vit",
+        inputs=("x:float32[batch=1..8,3,224,224]",),
+        budget="cosine=0.99",
+        points=((1, 224, ""),),
     ),
 }
 
@@ -103,13 +118,17 @@ def requests(subject: Subject, file: Path) -> list[list[Array]]:
     return [[ids, np.ones_like(ids)] for (ids,) in found] if subject.model == "minilm" else found
 
 
-def batch(subject: Subject, rows: int, length: int) -> list[Array]:
-    """One request of `rows` whole rows: the sentences one after the other."""
+def batch(subject: Subject, rows: int, length: int, kind: str) -> list[Array]:
+    """One request of `rows` rows, whole or "padded": the sentences one after the other."""
     if subject.images:
         return [np.random.default_rng(0).standard_normal((rows, 3, length, length), np.float32)]
     running = np.concatenate([np.array(ids) for ids in tokens(HERE / "sentences.txt")])
     ids = np.resize(running, (rows, length)).astype(np.int64)
-    return [ids, np.ones_like(ids)] if subject.model == "minilm" else [ids]
+    if subject.model != "minilm":
+        return [ids]
+    lengths = np.linspace(length, length / 8, rows).round() if kind else np.full(rows, length)
+    mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
+    return [ids * mask, mask]
 
 
 def calibration(subject: Subject, folder: Path) -> Path:
@@ -182,15 +201,14 @@ def prepare(model: str, repo: str) -> None:
     """Export MODEL once a level into REPO."""
     subject = SUBJECTS[model]
     with tempfile.TemporaryDirectory(prefix="kpdeploy-levels-") as scratch:
-        for level in EXPORTED:
+        for level in subject.exported:
             report = export(
                 subject.model,
                 repo=repo,
-                name=f"{model}-l{level}",
-                format="openvino",
-                fuse="never",
+                name=name_of(model, level),
+                **EXPORTED[level],
                 input=subject.inputs,
-                level=str(level),
+                level=level[0],
                 accuracy_budget=subject.budget,
                 calibrate=calibration(subject, Path(scratch)),
                 progress=console.progress(json_output=False),
@@ -210,7 +228,9 @@ def prepare(model: str, repo: str) -> None:
 @click.option("--seconds", default=0.7, show_default=True)
 @click.option("--venvs", type=click.Path(file_okay=False, path_type=Path), help="Where peers get their packages.")
 @click.option("--only", multiple=True, metavar="TEXT", help="Run only peers whose name holds TEXT.")
-@click.option("--point", "points", multiple=True, metavar="ROWSxLENGTH", help="Measure here.  [default: all points]")
+@click.option(
+    "--point", "points", multiple=True, metavar="ROWSxLENGTH[padded]", help="Measure here.  [default: all points]"
+)
 @click.option("-o", "output", required=True, type=click.Path(dir_okay=False, path_type=Path))
 def measure(
     model: str,
@@ -224,9 +244,9 @@ def measure(
 ) -> None:
     """Measure the levels of MODEL in REPO beside their peers."""
     subject = SUBJECTS[model]
-    packages = {level: packaged(repo, f"{model}-l{level}") for level in EXPORTED}
-    manifest, folder = packages[2]
-    packages = {1: (replace(manifest, settings={**manifest.settings, "precision": "f32"}), folder), **packages}
+    packages = {level: packaged(repo, name_of(model, level)) for level in subject.exported}
+    manifest, folder = packages["2"]
+    packages = {"1": (replace(manifest, settings={**manifest.settings, "precision": "f32"}), folder), **packages}
     report: dict[str, Any] = {
         "what": "levels 1 to 3 against peers, same requests; ratio = peer's / level's median",
         "kpdeploy": __version__,
@@ -238,23 +258,27 @@ def measure(
         "seconds": seconds,
     }
     with tempfile.TemporaryDirectory(prefix="kpdeploy-levels-") as scratch:
-        work = Workshop(subject.model, packages[1][0].signature, Path(scratch))
+        work = Workshop(subject.model, packages["1"][0].signature, Path(scratch))
         report["accuracy"] = accuracy(subject, work, packages)
         report["points"] = []
-        for rows, length in subject.points:
-            if points and f"{rows}x{length}" not in points:
+        for rows, length, kind in subject.points:
+            if points and f"{rows}x{length}{kind}" not in points:
                 continue
-            arrays = batch(subject, rows, length)
+            arrays = batch(subject, rows, length, kind)
             ours = [
                 peers.packaged(manifest, folder, f"level {level}") for level, (manifest, folder) in packages.items()
             ]
             wanted = [p for p in peers_of(work, Path(scratch)) if not only or any(t in p.name for t in only)]
-            found = one_point(work, packages[1][0], [*ours, *wanted], arrays, rounds, seconds, venvs)
-            report["points"].append({"rows": rows, "length": length, **found})
-            show(model, rows, length, found)
+            found = one_point(work, packages["1"][0], [*ours, *wanted], arrays, rounds, seconds, venvs)
+            report["points"].append({"rows": rows, "length": length, "kind": kind, **found})
+            show(f"{model} {rows}x{length} {kind}", found)
     report["load_average"] = list(os.getloadavg())
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(report, indent=1, default=list) + "\n")
+
+
+def name_of(model: str, level: str) -> str:
+    return f"{model}-l{level.replace(' ', '-')}"
 
 
 def packaged(repo: Path, name: str) -> tuple[Manifest, Path]:
@@ -264,7 +288,7 @@ def packaged(repo: Path, name: str) -> tuple[Manifest, Path]:
     return manifest, folder
 
 
-def accuracy(subject: Subject, work: Workshop, packages: Mapping[int, tuple[Manifest, Path]]) -> list[dict[str, Any]]:
+def accuracy(subject: Subject, work: Workshop, packages: Mapping[str, tuple[Manifest, Path]]) -> list[dict[str, Any]]:
     """Each level on sentences that it has never seen, one a request: the worst of them."""
     asked = requests(subject, HERE / "sentences.txt")
     wanted = [work.answer(arrays)[0] for arrays in asked]
@@ -344,13 +368,13 @@ def one_point(
     return found
 
 
-def show(model: str, rows: int, length: int, found: Mapping[str, Any]) -> None:
+def show(title: str, found: Mapping[str, Any]) -> None:
     lines = []
     for row in sorted(found["rows"], key=lambda row: row.get("median_ms", float("inf"))):
         name = row["kind"] if row["kind"].startswith("level") else row["name"]
         time_ms = f"{row['median_ms']:.2f}" if "median_ms" in row else ""
         lines.append((name, time_ms, f"{row.get('cosine', float('nan')):.5f}", row["reason"][:150]))
-    console.table(("", "median ms", "cosine", ""), lines, title=f"{model} {rows}x{length}")
+    console.table(("", "median ms", "cosine", ""), lines, title=title)
     for entry in found["ratios"]:
         low, high = entry["ratio_95"]
         console.out.print(
