@@ -4,7 +4,9 @@
 
 #include <cmath>
 
+#include "cudnn_attention.h"
 #include "device.cuh"
+#include "gpu_choice.h"
 #include "hopper_attention.h"
 
 namespace kpdeploy {
@@ -319,18 +321,71 @@ void attend_in(const CudaAttention& a, bool is_aligned, void* stream) {
     launch(attend<T, kSize>, blocks(Shape<kSize>::kQueries), kThreads, Shape<kSize>::kBytes, stream, a, is_aligned);
 }
 
+// For cuDNN: how many queries and keys of each row count, in 32 bits.
+__global__ void put_lengths(const CudaAttention a, int32_t* queries, int32_t* keys) {
+  const int64_t b = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (b >= a.batch) return;
+  const int64_t length = a.lengths[b * a.lengths_stride];
+  queries[b] = static_cast<int32_t>(a.queries);
+  keys[b] = length >= 0 && length <= a.keys ? static_cast<int32_t>(length) : 0;
+}
+
+constexpr int kRestBlocks = 16;  // of a row of the batch
+
+// After cuDNN: rows without keys become zeros, those whose length is none NaN. Elements of 16 bits, eight at a time.
+__global__ void put_rest(const CudaAttention a) {
+  const int64_t b = blockIdx.x / kRestBlocks, length = a.lengths[b * a.lengths_stride];
+  if (length > 0 && length <= a.keys) return;
+  const uint32_t v = length == 0 ? 0 : 0x7fff7fff;
+  const int64_t across = a.heads * a.head_size / 8;
+  for (int64_t i = blockIdx.x % kRestBlocks * kThreads + threadIdx.x; i < a.queries * across; i += kRestBlocks * kThreads) {
+    uint16_t* const row = static_cast<uint16_t*>(a.out.data) + b * a.out.batch_stride + i / across * a.out.row_stride;
+    reinterpret_cast<uint4*>(row)[i % across] = {v, v, v, v};
+  }
+}
+
+// False, with nothing queued: cuDNN is not there or does not take the call, or the caller lends no memory that it needs.
+bool attend_with_cudnn(const CudaAttention& a, int dtype, int device, void* stream) {
+  cudaStreamCaptureStatus capturing;
+  check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capturing));
+  const CudnnAttention plan = cudnn_attention_plan(a, dtype, device, capturing == cudaStreamCaptureStatusNone);
+  if (!plan.plan) return false;
+  const int64_t each = (a.batch * 4 + 15) / 16 * 16, of_lengths = a.lengths ? 2 * each : 0;
+  const int64_t bytes = of_lengths + plan.workspace;
+  char* const memory = bytes ? static_cast<char*>(a.memory.take(bytes)) : nullptr;
+  if (bytes && !memory) return false;
+  CudnnLengths lengths{};
+  if (a.lengths) {
+    auto *const queries = reinterpret_cast<int32_t*>(memory), *const keys = reinterpret_cast<int32_t*>(memory + each);
+    launch(put_lengths, (a.batch + kThreads - 1) / kThreads, kThreads, 0, stream, a, queries, keys);
+    lengths = {queries, keys};
+  }
+  cudnn_attend(plan, a, lengths, memory + of_lengths, stream);
+  if (a.lengths) launch(put_rest, a.batch * kRestBlocks, kThreads, 0, stream, a);
+  return true;
+}
+
+// Up to here ours for compute capability 9.0 is the faster one, and beyond cuDNN (benchmarks/README.md).
+constexpr int64_t kOwnHead = 128;
+
+// By cuDNN or the kernels for compute capability 9.0; false: they do not take it.
+template <class T>
+bool attend_fast(const CudaAttention& a, void* stream) {
+  const Gpu gpu = current_gpu();
+  const int dtype = std::is_same_v<T, bf16> ? KPDEPLOY_BF16 : KPDEPLOY_F16;
+  const bool is_hopper = gpu.capability == 90;
+  const Chosen chosen = chosen_for(gpu.name, a, dtype);
+  const bool is_cudnns = chosen == Chosen::kCudnn || (chosen == Chosen::kUnmeasured && is_hopper && a.head_size > kOwnHead);
+  return (is_cudnns && attend_with_cudnn(a, dtype, gpu.index, stream)) ||
+         (is_hopper && hopper_attention<T>(a, gpu.processors, stream));
+}
+
 }  // namespace
 
 template <class T>
 void attention(const CudaAttention& a, void* stream) {
-  if constexpr (!std::is_same_v<T, float>) {
-    int device, major, minor, processors;
-    check_cuda(cudaGetDevice(&device));
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    if (major == 9 && minor == 0 && hopper_attention<T>(a, processors, stream)) return;
-  }
+  if constexpr (!std::is_same_v<T, float>)
+    if (attend_fast<T>(a, stream)) return;
   const auto fits = [](const CudaGrid& g) {
     return aligned(g.data) && g.batch_stride * sizeof(T) % 16 == 0 && g.row_stride * sizeof(T) % 16 == 0;
   };
