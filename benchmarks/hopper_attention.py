@@ -364,7 +364,8 @@ def measured(shape: Shape, most: Row) -> Row:
         calls["provider"][0]()
         if not is_cudnns(calls["provider"][0]):
             del calls["provider"]
-    calls["general"] = [ours(shape, one, -1) for one in given]
+    general = [ours(shape, one, -1) for one in given]
+    calls["general"] = general if shape.packed else [by("kpdeploy", shape, run) for run in general]
     with cuda.outputs_poisoned():
         found = {name: error_of(in_rows(shape, runs[0]())) for name, runs in calls.items() if name != "general"}
     for name, backend in PEERS.items():
@@ -408,7 +409,7 @@ def write_table(path: Path, shapes: list[Shape], report: Row) -> None:
         own, cudnn = row["all_us"]["own"], row["all_us"].get("provider")
         figures = {"kpdeploy_us": own, "peer": row["peer"], "peer_us": row["peer_us"]}
         figures |= {} if cudnn is None else {"cudnn_us": cudnn}
-        faster = "cudnn" if cudnn is not None and cudnn < own else "kpdeploy"
+        faster = "cudnn" if cudnn is not None and measured_attention.is_gain(own, cudnn) else "kpdeploy"
         lines.append("\t".join(row_of(shape, faster, figures)))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

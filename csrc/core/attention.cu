@@ -321,51 +321,19 @@ void attend_in(const CudaAttention& a, bool is_aligned, void* stream) {
     launch(attend<T, kSize>, blocks(Shape<kSize>::kQueries), kThreads, Shape<kSize>::kBytes, stream, a, is_aligned);
 }
 
-// For cuDNN: how many queries and keys of each row count, in 32 bits.
-__global__ void put_lengths(const CudaAttention a, int32_t* queries, int32_t* keys) {
-  const int64_t b = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
-  if (b >= a.batch) return;
-  const int64_t length = a.lengths[b * a.lengths_stride];
-  queries[b] = static_cast<int32_t>(a.queries);
-  keys[b] = length >= 0 && length <= a.keys ? static_cast<int32_t>(length) : 0;
-}
-
-constexpr int kRestBlocks = 16;  // of a row of the batch
-
-// After cuDNN: rows without keys become zeros, those whose length is none NaN. Elements of 16 bits, eight at a time.
-__global__ void put_rest(const CudaAttention a) {
-  const int64_t b = blockIdx.x / kRestBlocks, length = a.lengths[b * a.lengths_stride];
-  if (length > 0 && length <= a.keys) return;
-  const uint32_t v = length == 0 ? 0 : 0x7fff7fff;
-  const int64_t across = a.heads * a.head_size / 8;
-  for (int64_t i = blockIdx.x % kRestBlocks * kThreads + threadIdx.x; i < a.queries * across; i += kRestBlocks * kThreads) {
-    uint16_t* const row = static_cast<uint16_t*>(a.out.data) + b * a.out.batch_stride + i / across * a.out.row_stride;
-    reinterpret_cast<uint4*>(row)[i % across] = {v, v, v, v};
-  }
-}
-
 // False, with nothing queued: cuDNN is not there or does not take the call, or the caller lends no memory that it needs.
 bool attend_with_cudnn(const CudaAttention& a, int dtype, int device, void* stream) {
   cudaStreamCaptureStatus capturing;
   check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capturing));
   const CudnnAttention plan = cudnn_attention_plan(a, dtype, device, capturing == cudaStreamCaptureStatusNone);
   if (!plan.plan) return false;
-  const int64_t each = (a.batch * 4 + 15) / 16 * 16, of_lengths = a.lengths ? 2 * each : 0;
-  const int64_t bytes = of_lengths + plan.workspace;
-  char* const memory = bytes ? static_cast<char*>(a.memory.take(bytes)) : nullptr;
-  if (bytes && !memory) return false;
-  CudnnLengths lengths{};
-  if (a.lengths) {
-    auto *const queries = reinterpret_cast<int32_t*>(memory), *const keys = reinterpret_cast<int32_t*>(memory + each);
-    launch(put_lengths, (a.batch + kThreads - 1) / kThreads, kThreads, 0, stream, a, queries, keys);
-    lengths = {queries, keys};
-  }
-  cudnn_attend(plan, a, lengths, memory + of_lengths, stream);
-  if (a.lengths) launch(put_rest, a.batch * kRestBlocks, kThreads, 0, stream, a);
+  void* const memory = plan.workspace ? a.memory.take(plan.workspace) : nullptr;
+  if (plan.workspace && !memory) return false;
+  cudnn_attend(plan, a, memory, stream);
   return true;
 }
 
-// Up to here ours for compute capability 9.0 is the faster one, and beyond cuDNN (benchmarks/README.md).
+// Up to here our kernels for compute capability 9.0 are the faster ones, and beyond cuDNN's (benchmarks/README.md).
 constexpr int64_t kOwnHead = 128;
 
 // By cuDNN or the kernels for compute capability 9.0; false: they do not take it.

@@ -34,8 +34,7 @@ enum { kOfHandle = 0, kOfDataType = 1, kOfBoolean = 2, kOfInt64 = 3, kOfFloat = 
 enum { kPointwise = 0, kEngineConfig = 3, kHeuristic = 4, kPlan = 5, kPointwiseOperation = 13, kOperationGraph = 15,
        kVariantPack = 16, kTensor = 17, kMatmul = 18, kMatmulOperation = 19, kReduction = 21, kReductionOperation = 22 };
 // Pointwise modes, and those of a reduction.
-enum { kAdd = 0, kMul = 1, kDiv = 6, kSub = 9, kExp = 13, kLog = 15, kGreaterEqual = 303, kLess = 304, kAnd = 400, kIndex = 501,
-       kSelect = 601 };
+enum { kAdd = 0, kMul = 1, kDiv = 6, kSub = 9, kExp = 13, kLog = 15, kGreaterEqual = 303, kIndex = 501, kSelect = 601 };
 enum { kReduceAdd = 0, kReduceMax = 3 };
 enum { kModeA = 3 };
 // Attributes.
@@ -45,8 +44,7 @@ enum { kPointwiseMode = 0, kPointwisePrecision = 1, kPointwiseAxis = 9, kHeurist
        kPointwiseT = 758, kGraphHandle = 800, kGraphOperations = 801, kTensorAlignment = 900, kTensorType = 901,
        kTensorSizes = 902, kTensorStrides = 903, kTensorId = 906, kTensorVirtual = 907, kTensorByValue = 908,
        kPackIds = 1000, kPackPointers = 1001, kPackWorkspace = 1003, kMatmulType = 1500, kMatmulA = 1520,
-       kMatmulB = 1521, kMatmulC = 1522, kMatmulDescriptor = 1523, kMatmulM = 1525, kMatmulN = 1526, kMatmulK = 1527,
-       kReductionMode = 1600, kReductionType = 1601, kReductionX = 1610, kReductionY = 1611, kReductionDescriptor = 1612 };
+       kMatmulB = 1521, kMatmulC = 1522, kMatmulDescriptor = 1523, kReductionMode = 1600, kReductionType = 1601, kReductionX = 1610, kReductionY = 1611, kReductionDescriptor = 1612 };
 
 struct Library {
   size_t (*version)() = nullptr;
@@ -127,7 +125,7 @@ class Descriptor {
 using Sizes = std::array<int64_t, 4>;  // batch, heads, and of a matrix rows and columns
 
 // Ids of what a call brings: the others are the graph's own.
-enum Id : int64_t { kQuery = 1, kKey, kValue, kOut, kScale, kNothing, kQueryLengths, kKeyLengths, kKeysMore, kOwn };
+enum Id : int64_t { kQuery = 1, kKey, kValue, kOut, kScale, kNothing, kKeysMore, kOwn };
 
 // Operations, and the tensors between them.
 class Graph {
@@ -146,14 +144,13 @@ class Graph {
                   true, false);
   }
 
-  void multiply(void* a, void* b, void* c, void* m, void* n, void* k) {
+  void multiply(void* a, void* b, void* c) {
     Descriptor& how = held_.emplace_back(kMatmul);
     how.set(kMatmulType, kOfDataType, kFloat);
     how.finalize();
     Descriptor& made = operation(kMatmulOperation, kMatmulDescriptor, how);
-    for (const auto& [attribute, what] :
-         {std::pair(kMatmulA, a), {kMatmulB, b}, {kMatmulC, c}, {kMatmulM, m}, {kMatmulN, n}, {kMatmulK, k}})
-      if (what) made.set(attribute, kOfDescriptor, what);
+    for (const auto& [attribute, what] : {std::pair(kMatmulA, a), {kMatmulB, b}, {kMatmulC, c}})
+      made.set(attribute, kOfDescriptor, what);
     made.finalize();
   }
 
@@ -186,16 +183,7 @@ class Graph {
     return y;
   }
 
-  // Scores of keys that do not count become -infinity.
-  void* keep_lengths(void* scores, void* query_lengths, void* key_lengths, void* nothing) {
-    void* const row = pointwise(kIndex, kInt32, between(kInt32), scores, nullptr, nullptr, 2);
-    void* const column = pointwise(kIndex, kInt32, between(kInt32), scores, nullptr, nullptr, 3);
-    void* const row_counts = pointwise(kLess, kBoolean, between(kBoolean), row, query_lengths);
-    void* const column_counts = pointwise(kLess, kBoolean, between(kBoolean), column, key_lengths);
-    void* const counts = pointwise(kAnd, kBoolean, between(kBoolean), row_counts, column_counts);
-    return pointwise(kSelect, kFloat, between(kFloat), scores, nothing, counts);
-  }
-  // `more`: how many keys more than queries; null: none.
+  // Scores of keys that a query does not see become -infinity. `more`: keys than queries; null: none.
   void* keep_causal(void* scores, void* more, void* nothing) {
     void* row = pointwise(kIndex, kFloat, between(kInt32), scores, nullptr, nullptr, 2);
     void* const column = pointwise(kIndex, kFloat, between(kInt32), scores, nullptr, nullptr, 3);
@@ -260,20 +248,14 @@ Graph graph_of(const CudaAttention& a, DataType type) {
   };
   void* const key = g.given(kKey, type, {a.batch, a.kv_heads, a.head_size, a.keys},  // transposed
                             {a.key.batch_stride, a.head_size, 1, a.key.row_stride});
-  void *query_lengths = nullptr, *key_lengths = nullptr, *nothing = nullptr;
-  if (a.lengths) {
-    query_lengths = g.given(kQueryLengths, kInt32, {a.batch, 1, 1, 1}, {1, 1, 1, 1});
-    key_lengths = g.given(kKeyLengths, kInt32, {a.batch, 1, 1, 1}, {1, 1, 1, 1});
-  }
-  if (a.lengths || masks_causally(a)) nothing = g.number(kNothing, kFloat);
   void* scores = g.between(kFloat);
-  g.multiply(rows(kQuery, a.query, a.heads, a.queries), key, scores, query_lengths, key_lengths, nullptr);
+  g.multiply(rows(kQuery, a.query, a.heads, a.queries), key, scores);
   scores = g.pointwise(kMul, kFloat, g.between(kFloat), scores, g.number(kScale, kFloat));
-  if (a.lengths) scores = g.keep_lengths(scores, query_lengths, key_lengths, nothing);
-  if (masks_causally(a))
-    scores = g.keep_causal(scores, a.keys > a.queries ? g.number(kKeysMore, kInt32) : nullptr, nothing);
-  g.multiply(g.softmax(scores), rows(kValue, a.value, a.kv_heads, a.keys), rows(kOut, a.out, a.heads, a.queries),
-             query_lengths, nullptr, key_lengths);
+  if (masks_causally(a)) {
+    void* const more = a.keys > a.queries ? g.number(kKeysMore, kInt32) : nullptr;
+    scores = g.keep_causal(scores, more, g.number(kNothing, kFloat));
+  }
+  g.multiply(g.softmax(scores), rows(kValue, a.value, a.kv_heads, a.keys), rows(kOut, a.out, a.heads, a.queries));
   return g;
 }
 
@@ -309,7 +291,7 @@ struct Plan {
 using Key = std::array<int64_t, 16>;
 
 Key key_of(const CudaAttention& a, int dtype, int device) {
-  return {device, dtype | (a.lengths ? 8 : 0) | (masks_causally(a) ? 16 : 0), a.batch, a.queries, a.keys, a.heads,
+  return {device, dtype | (masks_causally(a) ? 8 : 0), a.batch, a.queries, a.keys, a.heads,
           a.kv_heads, a.head_size, a.query.batch_stride, a.query.row_stride, a.key.batch_stride, a.key.row_stride,
           a.value.batch_stride, a.value.row_stride, a.out.batch_stride, a.out.row_stride};
 }
@@ -348,15 +330,15 @@ std::unique_ptr<const Plan> built(const CudaAttention& a, int dtype, int index) 
   return nullptr;
 }
 
-// Causal calls with lengths: cuDNN would align the mask to the lengths, and we do to the tensors.
+// With lengths cuDNN multiplies values beyond them by 0, and NaN there comes out (seen in 9.19): such calls are ours, as
+// are causal ones of more queries than keys, some of which see none.
 bool can_be_asked(const CudaAttention& a, int dtype) {
   const auto fits = [&](const CudaGrid& g) {
     return reinterpret_cast<uintptr_t>(g.data) % 16 == 0 && g.row_stride > 0 && g.row_stride % 8 == 0 &&
            (a.batch == 1 || (g.batch_stride > 0 && g.batch_stride % 8 == 0));
   };
-  const bool mask = !masks_causally(a) || a.queries == a.keys || (a.queries < a.keys && !a.lengths);
-  return (dtype == KPDEPLOY_BF16 || dtype == KPDEPLOY_F16) && a.head_size % 8 == 0 && !a.offsets && a.keys > 0 && mask &&
-         fits(a.query) && fits(a.key) && fits(a.value) && fits(a.out);
+  return (dtype == KPDEPLOY_BF16 || dtype == KPDEPLOY_F16) && a.head_size % 8 == 0 && !a.lengths && !a.offsets &&
+         a.keys > 0 && (!masks_causally(a) || a.queries <= a.keys) && fits(a.query) && fits(a.key) && fits(a.value) && fits(a.out);
 }
 
 }  // namespace
@@ -376,8 +358,7 @@ CudnnAttention cudnn_attention_plan(const CudaAttention& a, int dtype, int devic
   return plan ? CudnnAttention{plan, plan->workspace} : CudnnAttention{};
 }
 
-void cudnn_attend(const CudnnAttention& chosen, const CudaAttention& a, const CudnnLengths& lengths, void* workspace,
-                  void* stream) {
+void cudnn_attend(const CudnnAttention& chosen, const CudaAttention& a, void* workspace, void* stream) {
   const Plan& plan = *static_cast<const Plan*>(chosen.plan);
   float scale = a.scale;
   // Before 9.10 the kernels want the lowest number for nothing (cudnn-frontend).
@@ -389,12 +370,8 @@ void cudnn_attend(const CudnnAttention& chosen, const CudaAttention& a, const Cu
     ids.push_back(id);
     pointers.push_back(pointer);
   };
-  if (a.lengths || masks_causally(a)) add(kNothing, &nothing);
+  if (masks_causally(a)) add(kNothing, &nothing);
   if (masks_causally(a) && more) add(kKeysMore, &more);
-  if (a.lengths) {
-    add(kQueryLengths, lengths.queries);
-    add(kKeyLengths, lengths.keys);
-  }
   try {
     Descriptor pack(kVariantPack);
     pack.set(kPackIds, kOfInt64, static_cast<int64_t>(ids.size()), ids.data());

@@ -5,22 +5,16 @@
 
 namespace kpdeploy {
 
-// How many keys of each row of the batch count, as cuDNN wants them: [batch], on the GPU. Null: all of them.
-struct CudnnLengths {
-  const int32_t *queries, *keys;
-};
-
 // What it takes to run a call.
 struct CudnnAttention {
   const void* plan;  // null: cuDNN is not there or has none
-  int64_t workspace; // bytes, aligned to 16
+  int64_t workspace;  // bytes
 };
 
 // `may_build`: a plan that no call before has made may be made; it takes a second, and no stream may be captured then.
 CudnnAttention cudnn_attention_plan(const CudaAttention& a, int dtype, int device, bool may_build);
 
 // Queues the kernels of a plan of this call.
-void cudnn_attend(const CudnnAttention& plan, const CudaAttention& a, const CudnnLengths& lengths, void* workspace,
-                  void* stream);
+void cudnn_attend(const CudnnAttention& plan, const CudaAttention& a, void* workspace, void* stream);
 
 }  // namespace kpdeploy

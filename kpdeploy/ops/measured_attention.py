@@ -18,6 +18,14 @@ COLUMNS = ("device", "op", "dtype", "batch", "queries", "keys", "heads", "kv_hea
            "provider", "kpdeploy_us", "cudnn_us", "peer", "peer_us")  # fmt: skip
 
 
+LEAST_GAIN = 1.02
+
+
+def is_gain(kpdeploy_us: float, cudnn_us: float) -> bool:
+    """Whether cuDNN is faster by more than two runs differ. A tie is ours: cuDNN makes a plan for every new shape first."""
+    return kpdeploy_us > LEAST_GAIN * cudnn_us
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """One call on one GPU: median microseconds of our kernels, of cuDNN called by us, and of the fastest backend of

@@ -122,8 +122,10 @@ def _cudnn_refuses(call: Call) -> str:
         return "it takes heads of a multiple of 8"
     if 0 in sizes.values():
         return "there is nothing to attend to"
-    if masks and (sizes["queries"] > sizes["keys"] or (call.lengths and sizes["queries"] != sizes["keys"])):
-        return "it aligns a causal mask to the lengths, and we to the tensors"
+    if call.lengths:
+        return "it lets values beyond a row's length into the result, where they are NaN or infinite"
+    if masks and sizes["queries"] > sizes["keys"]:
+        return "it takes a causal mask where there are as many keys as queries or more"
     known = call.measured()
     if known:
         return known.told if known.provider == "kpdeploy" else ""
