@@ -2,6 +2,7 @@
 // softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in
 // plain float32.
 
+#include <algorithm>
 #include <cmath>
 
 #include "cudnn_attention.h"
@@ -321,14 +322,16 @@ void attend_in(const CudaAttention& a, bool is_aligned, void* stream) {
     launch(attend<T, kSize>, blocks(Shape<kSize>::kQueries), kThreads, Shape<kSize>::kBytes, stream, a, is_aligned);
 }
 
-// False, with nothing queued: cuDNN is not there or does not take the call, or the caller lends no memory that it needs.
+// False, with nothing queued: cuDNN is not there or does not take the call, or the caller lends no memory, of which every
+// plan of cuDNN's needs some.
 bool attend_with_cudnn(const CudaAttention& a, int dtype, int device, void* stream) {
+  if (!a.memory.lend) return false;
   cudaStreamCaptureStatus capturing;
   check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capturing));
   const CudnnAttention plan = cudnn_attention_plan(a, dtype, device, capturing == cudaStreamCaptureStatusNone);
   if (!plan.plan) return false;
-  void* const memory = plan.workspace ? a.memory.take(plan.workspace) : nullptr;
-  if (plan.workspace && !memory) return false;
+  void* const memory = a.memory.take(std::max<int64_t>(plan.workspace, 1));
+  if (!memory) return false;
   cudnn_attend(plan, a, memory, stream);
   return true;
 }

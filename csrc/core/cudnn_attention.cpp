@@ -44,7 +44,8 @@ enum { kPointwiseMode = 0, kPointwisePrecision = 1, kPointwiseAxis = 9, kHeurist
        kPointwiseT = 758, kGraphHandle = 800, kGraphOperations = 801, kTensorAlignment = 900, kTensorType = 901,
        kTensorSizes = 902, kTensorStrides = 903, kTensorId = 906, kTensorVirtual = 907, kTensorByValue = 908,
        kPackIds = 1000, kPackPointers = 1001, kPackWorkspace = 1003, kMatmulType = 1500, kMatmulA = 1520,
-       kMatmulB = 1521, kMatmulC = 1522, kMatmulDescriptor = 1523, kReductionMode = 1600, kReductionType = 1601, kReductionX = 1610, kReductionY = 1611, kReductionDescriptor = 1612 };
+       kMatmulB = 1521, kMatmulC = 1522, kMatmulDescriptor = 1523, kReductionMode = 1600, kReductionType = 1601,
+       kReductionX = 1610, kReductionY = 1611, kReductionDescriptor = 1612 };
 
 struct Library {
   size_t (*version)() = nullptr;

@@ -7,11 +7,12 @@ namespace kpdeploy {
 
 // What it takes to run a call.
 struct CudnnAttention {
-  const void* plan;  // null: cuDNN is not there or has none
+  const void* plan;   // null: cuDNN is not there or has none
   int64_t workspace;  // bytes
 };
 
-// `may_build`: a plan that no call before has made may be made; it takes a second, and no stream may be captured then.
+// `may_build`: a plan that no call before has made may be made, which takes some tenths of a second, and is not to be done
+// while a stream is captured.
 CudnnAttention cudnn_attention_plan(const CudaAttention& a, int dtype, int device, bool may_build);
 
 // Queues the kernels of a plan of this call.

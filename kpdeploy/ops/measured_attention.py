@@ -22,7 +22,7 @@ LEAST_GAIN = 1.02
 
 
 def is_gain(kpdeploy_us: float, cudnn_us: float) -> bool:
-    """Whether cuDNN is faster by more than two runs differ. A tie is ours: cuDNN makes a plan for every new shape first."""
+    """Whether cuDNN is faster by more than two runs differ. A tie is ours: cuDNN makes a plan for every new shape."""
     return kpdeploy_us > LEAST_GAIN * cudnn_us
 
 

@@ -49,6 +49,10 @@ def _many_rows(sizes: Sizes) -> str:
     return "" if sizes["rows"] > FEW_ROWS else f"up to {FEW_ROWS} rows our own kernel is as fast"
 
 
+def _no_memory(sizes: Sizes) -> str:
+    return "it needs memory on the GPU, and in ONNX Runtime our ops are lent none"
+
+
 def _head_fits(sizes: Sizes) -> str:
     return "" if 1 <= sizes["size"] <= LARGEST_HEAD else f"heads are of size 1 to {LARGEST_HEAD}"
 
@@ -448,12 +452,12 @@ CUDNN_PROVIDERS = tuple(
         library=library,
         needs=(*GPU, f"{package} with CUDA", library, "cuDNN"),
         when="attention that it was measured to run faster, and heads above 128 on compute capability 9.0",
-        refuses=_head_fits,
+        refuses=refuses,
         refuses_call=_cudnn_refuses,
     )
-    for runtime, package, library in (
-        ("torch", "torch", libraries.TORCH),
-        ("onnxruntime", "ONNX Runtime", libraries.ONNX),
+    for runtime, package, library, refuses in (
+        ("torch", "torch", libraries.TORCH, _head_fits),
+        ("onnxruntime", "ONNX Runtime", libraries.ONNX, _no_memory),
     )
 )
 ONEDNN = Provider(

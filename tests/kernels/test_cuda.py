@@ -367,6 +367,17 @@ def test_cudnns_attention_gives_the_reference(dtype: str, cudnn: Callable[[Argum
             assert found <= 1.5 * tolerance("kpdeploy", dtype, ""), (q.shape, k.shape, causal)
 
 
+def test_cudnn_keeps_the_rows_of_a_batch_apart(cudnn: Callable[[Arguments], torch.Tensor]) -> None:
+    for keys in (70, 200, 333):  # a block of keys ends where the next row begins
+        q, k, v = torch.randn(3, 3, keys, 2 * 256).bfloat16()
+        out = cudnn((q, k, v, None, 2, 2, 0.06, False))
+        for tensor in (q, k, v):
+            tensor[1] = torch.nan
+        found = cudnn((q, k, v, None, 2, 2, 0.06, False))
+        assert torch.equal(found[::2], out[::2])
+        assert found[1].isnan().all()
+
+
 def test_a_cuda_graph_replays_cudnns_attention(cudnn: Callable[[Arguments], torch.Tensor], choose: Choose) -> None:
     op = torch.ops.kpdeploy.attention
     for queries in (300, 1):  # one of them with keys shared among blocks, whose parts meet in memory

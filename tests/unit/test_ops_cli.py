@@ -137,6 +137,9 @@ def test_large_heads_are_cudnns_on_hopper(monkeypatch: pytest.MonkeyPatch) -> No
     assert cudnn_refuses("1x2x2x4x256", *GPU, "cuDNN") == "not measured: our own kernel runs"
     assert cudnn_refuses("1x2x2x4x256", dtype="float32") == "it takes bfloat16, float16"
     assert cudnn_refuses("1x0x2x4x256") == "there is nothing to attend to"
+    assert who("attention", "1x2x2x4x256", machine(*HOPPER), device="cuda", dtype="bfloat16") == {
+        "torch": "cudnn", "onnxruntime": "kpdeploy"
+    }  # fmt: skip
     for shape, more, takes in (
         ("1x3x2x4x256", {"causal": True}, False),
         ("1x2x3x4x256", {"causal": True}, True),
