@@ -197,7 +197,7 @@ class Graph {
     void* const less = pointwise(kSub, kFloat, between(kFloat), scores, largest);
     void* const weights = pointwise(kExp, kFloat, between(kFloat), less);
     void* const sum = reduce(kReduceAdd, weights);
-    // The logarithm of the sum is for training; cuDNN knows the pattern with it alone.
+    // The logarithm of the sum is for training, and part of the pattern that cuDNN knows.
     void* const logarithm = pointwise(kLog, kFloat, between(kFloat, true), sum);
     pointwise(kAdd, kFloat, between(kFloat, true), largest, logarithm);
     return pointwise(kDiv, kFloat, between(type_), weights, sum);
