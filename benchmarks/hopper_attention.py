@@ -5,15 +5,18 @@
 Times are medians of CUDA graph replays, ours and the peers' in turns; each replay has several calls, in decoding on
 several sets of keys, so that they come from memory and not from the cache. Errors are ‖out - ref‖ / ‖ref‖ against
 float64 on 64 query rows of every head, on fresh random inputs, into outputs that held NaN. The floor of a row is the
-larger of its bytes over the measured rate of a copy and its operations over that of a large matrix product. Packed rows
-are packed_attention on sequences without padding; SDPA has the same ones padded, with a mask of keys, and torch's own
-kernel for packed sequences (torch.nn.attention.varlen) is told beside it where torch has one. Exit code 1: an error
+larger of its bytes over the measured rate of a copy and its operations over that of a large matrix product. "ours" is
+what runs by the tables that the library carries; "own" are our kernels and "provider" is cuDNN as our op calls it, each
+chosen by a row handed to the library; "general" is our kernel for every GPU, which a scale below 0 leads to. Packed
+rows are packed_attention on sequences without padding; SDPA has the same ones padded, with a mask of keys, and torch's
+own kernel for packed sequences (torch.nn.attention.varlen) is told beside it where torch has one. Exit code 1: an error
 above its limit, or a finding of compute-sanitizer; a goal that is not reached is only told.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import math
 import random
@@ -32,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from kpdeploy.decision import Applied
-from kpdeploy.ops import OPS, register
+from kpdeploy.ops import OPS, libraries, measured_attention, register
 from kpdeploy.ops.cases import to_dtype, tolerance
 
 PEERS = {
@@ -138,6 +141,24 @@ SHAPES = (
     Shape(batch=32, queries=1, keys=2048, heads=32, kv_heads=8, size=128),
     Shape(batch=1, queries=1, keys=8192, heads=32, kv_heads=32, size=128),
     Shape(batch=1, queries=1, keys=8192, heads=16, kv_heads=16, size=64),
+    prefill(8, 12, 128, 32, goal=1.0),
+    prefill(8, 12, 512, 32, goal=1.0),
+    prefill(8, 12, 512, 32, goal=1.0, mean=257),
+    prefill(8, 12, 512, 32, goal=1.0, mean=257, packed=True),
+    prefill(8, 16, 1024, 40, goal=1.0),
+    prefill(8, 16, 1024, 80, goal=1.0),
+    prefill(8, 16, 1024, 80, goal=1.0, causal=True),
+    prefill(4, 16, 2048, 96, goal=1.0),
+    prefill(4, 16, 2048, 96, goal=1.0, causal=True),
+    prefill(4, 16, 2048, 112, goal=1.0),
+    Shape(batch=8, queries=1, keys=4096, heads=32, kv_heads=8, size=96),
+    prefill(4, 16, 2048, 256, goal=1.0),
+    prefill(4, 16, 2048, 256, goal=1.0, causal=True),
+    prefill(4, 16, 2048, 192, goal=1.0),
+    prefill(8, 16, 1024, 256, goal=1.0, mean=500),
+    prefill(8, 16, 1024, 256, goal=1.0, causal=True, mean=500),
+    Shape(batch=4, queries=1024, keys=1024, heads=16, kv_heads=4, size=256, causal=True),
+    Shape(batch=8, queries=1, keys=4096, heads=16, kv_heads=4, size=256),
 )
 
 
@@ -176,17 +197,50 @@ def packed(shape: Shape, given: Inputs) -> list[torch.Tensor]:
     return list(torch.cat(parts, -1)[None].split([part.shape[-1] for part in parts], -1))
 
 
-def ours(shape: Shape, given: Inputs) -> Callable[[], torch.Tensor]:
+def ours(shape: Shape, given: Inputs, sign: int = 1) -> Callable[[], torch.Tensor]:
+    scale = sign * shape.size**-0.5
     if shape.packed:
         tensors, offsets, call = packed(shape, given), offsets_of(shape), torch.ops.kpdeploy.packed_attention
-        heads = (shape.heads, shape.kv_heads, shape.size**-0.5, shape.causal)
+        heads = (shape.heads, shape.kv_heads, scale, shape.causal)
         return lambda: call(*tensors, offsets, *heads)
     lengths = torch.tensor(shape.lengths(), device="cuda") if shape.mean else None
-    scale = shape.size**-0.5
     op = torch.ops.kpdeploy.attention
     return lambda: op(
         given.query, given.key, given.value, lengths, shape.heads, shape.kv_heads, scale, shape.causal
     )  # fmt: skip
+
+
+def row_of(shape: Shape, provider: str, figures: Row) -> list[str]:
+    """The cells of a row of kpdeploy/ops/attention_measured.tsv."""
+    sizes = (str(getattr(shape, name)) for name in TABLE_COLUMNS)
+    us = [str(figures.get(name, "-")) for name in ("kpdeploy_us", "cudnn_us", "peer", "peer_us")]
+    causal = "yes" if shape.causal else "no"
+    return [torch.cuda.get_device_name(), "attention", "bfloat16", *sizes, causal, str(shape.mean), provider, *us]
+
+
+def by(provider: str, shape: Shape, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The call, by this provider where it takes it: the library is handed a row for it, as an artifact's would be."""
+    use = ctypes.CDLL(str(libraries.find(libraries.TORCH))).kpdeploy_use_gpu_providers
+    use.argtypes = (ctypes.c_char_p,)
+    table = f"device\n{chr(9).join(row_of(shape, provider, {}))}\n".encode()
+
+    def chosen() -> torch.Tensor:
+        if use(table) != 0:
+            raise RuntimeError("the library does not take a row of measured providers")
+        try:
+            return run()
+        finally:
+            use(None)
+
+    return chosen
+
+
+def is_cudnns(run: Callable[[], torch.Tensor]) -> bool:
+    """Whether a kernel of cuDNN's runs in the call, which was made before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        run()
+        torch.cuda.synchronize()
+    return any("cudnn" in event.name for event in seen.events())
 
 
 def in_rows(shape: Shape, out: torch.Tensor) -> torch.Tensor:
@@ -303,9 +357,17 @@ def measured(shape: Shape, most: Row) -> Row:
     def error_of(out: torch.Tensor) -> float:
         return error(out[:, :, rows] * counts, ref)
 
-    with cuda.outputs_poisoned():
-        found = {"ours": error_of(in_rows(shape, ours(shape, given[0])()))}
     calls: dict[str, list[Callable[[], Any]]] = {"ours": [ours(shape, one) for one in given]}
+    if not shape.packed:
+        calls["own"] = [by("kpdeploy", shape, run) for run in calls["ours"]]
+        calls["provider"] = [by("cudnn", shape, run) for run in calls["ours"]]
+        calls["provider"][0]()
+        if not is_cudnns(calls["provider"][0]):
+            del calls["provider"]
+    general = [ours(shape, one, -1) for one in given]
+    calls["general"] = general if shape.packed else [by("kpdeploy", shape, run) for run in general]
+    with cuda.outputs_poisoned():
+        found = {name: error_of(in_rows(shape, runs[0]())) for name, runs in calls.items() if name != "general"}
     for name, backend in PEERS.items():
         try:
             found[name] = error_of(peers(shape, given[0], backend)())
@@ -328,7 +390,7 @@ def measured(shape: Shape, most: Row) -> Row:
         "floor_us": round(floor * 1e3, 2),
         "tflop_per_s": round(shape.operations / times["ours"] / 1e9, 1),
         "gb_per_s": round(shape.bytes / times["ours"] / 1e6),
-        "error": found["ours"],
+        "error": max(found[name] for name in ("ours", "own", "provider") if name in found),
         "peer_error": found[best],
         "all_us": {name: round(ms * 1e3, 2) for name, ms in times.items()},
         "sets": sets,
@@ -338,22 +400,17 @@ def measured(shape: Shape, most: Row) -> Row:
 TABLE_COLUMNS = ("batch", "queries", "keys", "heads", "kv_heads", "size")
 
 
-def write_table(path: Path, report: Row) -> None:
+def write_table(path: Path, shapes: list[Shape], report: Row) -> None:
     """What kpdeploy/ops/measured_attention.py reads."""
-    columns = ("device", "dtype", *TABLE_COLUMNS, "causal", "mean_length", "kpdeploy_us", "peer", "peer_us")
-    lines = ["\t".join(columns)]
-    for shape, row in zip(SHAPES, report["rows"], strict=True):
+    lines = ["\t".join(measured_attention.COLUMNS)]
+    for shape, row in zip(shapes, report["rows"], strict=True):
         if shape.packed:
             continue
-        cells = [report["device"], row["dtype"], *(str(getattr(shape, name)) for name in TABLE_COLUMNS)]
-        cells += [
-            "yes" if shape.causal else "no",
-            str(shape.mean),
-            str(row["ours_us"]),
-            row["peer"],
-            str(row["peer_us"]),
-        ]
-        lines.append("\t".join(cells))
+        own, cudnn = row["all_us"]["own"], row["all_us"].get("provider")
+        figures = {"kpdeploy_us": own, "peer": row["peer"], "peer_us": row["peer_us"]}
+        figures |= {} if cudnn is None else {"cudnn_us": cudnn}
+        faster = "cudnn" if cudnn is not None and measured_attention.is_gain(own, cudnn) else "kpdeploy"
+        lines.append("\t".join(row_of(shape, faster, figures)))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -393,6 +450,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="only the errors of small cases")
     parser.add_argument("--sanitize", action="store_true", help="the small cases under compute-sanitizer, too")
     parser.add_argument("--built-with", default="", help="with what the library was built, for the table")
+    parser.add_argument("--only", default="", help="a pattern of the names of the shapes that are measured")
     options = parser.parse_args()
     decision = register()
     if not isinstance(decision, Applied) or not torch.cuda.is_available():
@@ -401,7 +459,8 @@ def main() -> int:
         return small()
     most = ceilings()
     report: Row = {**versions(options.built_with), "cudnn": torch.backends.cudnn.version(), **most, "rows": []}
-    for shape in SHAPES:
+    shapes = [shape for shape in SHAPES if re.search(options.only, shape.name)]
+    for shape in shapes:
         row = measured(shape, most)
         report["rows"].append(row)
         print({key: row[key] for key in row if key != "all_us"}, flush=True)
@@ -409,7 +468,7 @@ def main() -> int:
         if options.json:
             written(options.json, report)
     if options.table:
-        write_table(options.table, report)
+        write_table(options.table, shapes, report)
     silent = True
     if options.sanitize:
         if not shutil.which("compute-sanitizer"):

@@ -2,9 +2,12 @@
 // softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). 16-bit dtypes on the tensor cores, float32 in
 // plain float32.
 
+#include <algorithm>
 #include <cmath>
 
+#include "cudnn_attention.h"
 #include "device.cuh"
+#include "gpu_choice.h"
 #include "hopper_attention.h"
 
 namespace kpdeploy {
@@ -319,18 +322,41 @@ void attend_in(const CudaAttention& a, bool is_aligned, void* stream) {
     launch(attend<T, kSize>, blocks(Shape<kSize>::kQueries), kThreads, Shape<kSize>::kBytes, stream, a, is_aligned);
 }
 
+// False, with nothing queued: cuDNN is not there or does not take the call, or the caller lends no memory, of which every
+// plan of cuDNN's needs some.
+bool attend_with_cudnn(const CudaAttention& a, int dtype, int device, void* stream) {
+  if (!a.memory.lend) return false;
+  cudaStreamCaptureStatus capturing;
+  check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capturing));
+  const CudnnAttention plan = cudnn_attention_plan(a, dtype, device, capturing == cudaStreamCaptureStatusNone);
+  if (!plan.plan) return false;
+  void* const memory = a.memory.take(std::max<int64_t>(plan.workspace, 1));
+  if (!memory) return false;
+  cudnn_attend(plan, a, memory, stream);
+  return true;
+}
+
+// Up to here our kernels for compute capability 9.0 are the faster ones, and beyond cuDNN's (benchmarks/README.md).
+constexpr int64_t kOwnHead = 128;
+
+// By cuDNN or the kernels for compute capability 9.0; false: they do not take it.
+template <class T>
+bool attend_fast(const CudaAttention& a, void* stream) {
+  const Gpu gpu = current_gpu();
+  const int dtype = std::is_same_v<T, bf16> ? KPDEPLOY_BF16 : KPDEPLOY_F16;
+  const bool is_hopper = gpu.capability == 90;
+  const Chosen chosen = chosen_for(gpu.name, a, dtype);
+  const bool is_cudnns = chosen == Chosen::kCudnn || (chosen == Chosen::kUnmeasured && is_hopper && a.head_size > kOwnHead);
+  return (is_cudnns && attend_with_cudnn(a, dtype, gpu.index, stream)) ||
+         (is_hopper && hopper_attention<T>(a, gpu.processors, stream));
+}
+
 }  // namespace
 
 template <class T>
 void attention(const CudaAttention& a, void* stream) {
-  if constexpr (!std::is_same_v<T, float>) {
-    int device, major, minor, processors;
-    check_cuda(cudaGetDevice(&device));
-    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-    if (major == 9 && minor == 0 && hopper_attention<T>(a, processors, stream)) return;
-  }
+  if constexpr (!std::is_same_v<T, float>)
+    if (attend_fast<T>(a, stream)) return;
   const auto fits = [](const CudaGrid& g) {
     return aligned(g.data) && g.batch_stride * sizeof(T) % 16 == 0 && g.row_stride * sizeof(T) % 16 == 0;
   };

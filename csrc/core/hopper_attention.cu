@@ -1,4 +1,6 @@
-// attention and packed_attention for compute capability 9.0, 16-bit dtypes, heads of 64 and 128.
+// attention and packed_attention for compute capability 9.0, 16-bit dtypes, heads of up to 128 (a multiple of 8).
+//
+// Heads are rows of 32, 64, 96 or 128 columns: the copy engine fills those that a smaller head lacks with zeros.
 //
 // A block of threads stays on its multiprocessor and takes run after run of queries, each of one head. One warp knows
 // which, from lengths and offsets where there are some, has the copy engine fill a ring of blocks of keys and values
@@ -39,19 +41,25 @@ constexpr int kMostRows = 1 << 30;      // that 32 bits count, with room
                : KPDEPLOY_SUMS_##sums(0)                                                                              \
                : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
 
+#define KPDEPLOY_VALUES_OF(columns, sums, a0, a1, a2, a3, right_at)              \
+  if constexpr (std::is_same_v<T, bf16>)                                          \
+    KPDEPLOY_VALUES(columns, sums, a0, a1, a2, a3, right_at, "bf16.bf16");        \
+  else                                                                            \
+    KPDEPLOY_VALUES(columns, sums, a0, a1, a2, a3, right_at, "f16.f16")
+
 template <class T, int columns>
 __device__ inline void wgmma_values(float (&d)[columns / 2], const uint32_t* left, uint64_t right) {
-  constexpr bool is_bf16 = std::is_same_v<T, bf16>;
-  if constexpr (columns == 64 && is_bf16)
-    KPDEPLOY_VALUES(64, 32, 32, 33, 34, 35, 36, "bf16.bf16");
+  if constexpr (columns == 32)
+    KPDEPLOY_VALUES_OF(32, 16, 16, 17, 18, 19, 20);
   else if constexpr (columns == 64)
-    KPDEPLOY_VALUES(64, 32, 32, 33, 34, 35, 36, "f16.f16");
-  else if constexpr (is_bf16)
-    KPDEPLOY_VALUES(128, 64, 64, 65, 66, 67, 68, "bf16.bf16");
+    KPDEPLOY_VALUES_OF(64, 32, 32, 33, 34, 35, 36);
+  else if constexpr (columns == 96)
+    KPDEPLOY_VALUES_OF(96, 48, 48, 49, 50, 51, 52);
   else
-    KPDEPLOY_VALUES(128, 64, 64, 65, 66, 67, 68, "f16.f16");
+    KPDEPLOY_VALUES_OF(128, 64, 64, 65, 66, 67, 68);
 }
 
+#undef KPDEPLOY_VALUES_OF
 #undef KPDEPLOY_VALUES
 
 // Of rows of keys: columns of 64, `line_bytes` apart, each of groups of 8 rows, 1024 bytes apart.
@@ -109,12 +117,12 @@ __device__ inline float2 load_pair_from(uint32_t address, int rank) {
   return v;
 }
 
-// A box of rows [row, ...) of head `head`: kLine columns, rows, lines of a head.
-__device__ inline void copy_rows(uint32_t to, const CUtensorMap& map, int row, int line, int batch, uint32_t barrier) {
+// A box of a tensor of four dims that starts at these coordinates.
+__device__ inline void copy_box(uint32_t to, const CUtensorMap& map, int c0, int c1, int c2, int c3, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
       "[%6];\n" ::"r"(to),
-      "l"(&map), "r"(0), "r"(row), "r"(line), "r"(batch), "r"(barrier)
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
       : "memory");
 }
 
@@ -125,6 +133,7 @@ struct Call {
   const int64_t *lengths, *offsets;        // null: there are none
   int64_t lengths_stride, offsets_stride;
   int batch, queries, keys, heads, group;  // batch: of rows or of packed sequences; group: heads for each of keys
+  int size;                                // of a head
   int tiles, runs;                         // runs of queries in a head; neither is known of packed sequences
   int behind;                              // query i of a causal call sees keys up to i + behind
   float scale;                             // of powers of two
@@ -184,10 +193,24 @@ template <class T_, int kSize_, int kKeys_, int kGroups_, int kStages_, int kBlo
 struct Form {
   using T = T_;
   static constexpr int kSize = kSize_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_, kBlocks = kBlocks_;
-  static constexpr int kLines = kSize / kLine, kConsumers = kGroups * 128;
+  static constexpr int kLines = (kSize + kLine - 1) / kLine, kConsumers = kGroups * 128;
   static constexpr bool kAlone = kBlocks == 1;
-  static constexpr int kQueryBytes = kRows * kSize * 2, kBlockBytes = kKeys * kSize * 2;
+  static constexpr int kQueryBytes = kRows * kLines * 128, kBlockBytes = kKeys * kLines * 128;
 };
+
+// Whether a head fills its lines, so that one box has all of them: see rows_map.
+template <class F>
+__host__ __device__ bool fills_lines(int64_t size) { return F::kLines > 1 && size == F::kLines * kLine; }
+
+// `rows` rows of a head of `size` columns, from `row` on, as rows_map has them.
+template <class F>
+__device__ inline void copy_rows(uint32_t to, const CUtensorMap& map, int rows, int size, int row, int head, int batch,
+                                 uint32_t barrier) {
+  if (fills_lines<F>(size)) return copy_box(to, map, 0, row, head * F::kLines, batch, barrier);
+#pragma unroll
+  for (int line = 0; line < F::kLines; ++line)
+    copy_box(to + line * rows * 128, map, line * kLine, row, head, batch, barrier);
+}
 
 // Of runs of queries. kTurns: warpgroups issue their products in turns.
 template <class T, int kSize, int kKeys, int kGroups, int kStages, bool kTurns_, int kBlocks>
@@ -324,23 +347,23 @@ struct Walk {
 template <class F>
 __device__ void load_tile(const Call& a, const Memory<F>& m, const Tile& tile, const Place<2>& own,
                           Place<F::kStages>& place) {
-  const int kv_line = tile.head / a.group * F::kLines, start = tile.row - tile.first;
+  const int kv_head = tile.head / a.group, start = tile.row - tile.first;
   wait_for(m.query_empty(own.stage), own.round ^ 1);
   put_tile(m.tile(own.stage), tile);
   arrive_expecting(m.query_full(own.stage), F::kGroups * F::kQueryBytes);
 #pragma unroll
   for (int g = 0; g < F::kGroups; ++g)
-    copy_rows(m.query_of(own.stage, g), a.query, tile.row + g * kRows, tile.head * F::kLines, tile.batch,
-              m.query_full(own.stage));
+    copy_rows<F>(m.query_of(own.stage, g), a.query, kRows, a.size, tile.row + g * kRows, tile.head, tile.batch,
+                 m.query_full(own.stage));
   for (int n = tile.blocks - 1; n >= 0; --n, place.next()) {
     wait_for(m.key_empty(place.stage), place.round ^ 1);
     arrive_expecting(m.key_full(place.stage), F::kBlockBytes);
-    copy_rows(m.key + place.stage * F::kBlockBytes, a.key, start + n * F::kKeys, kv_line, tile.batch,
-              m.key_full(place.stage));
+    copy_rows<F>(m.key + place.stage * F::kBlockBytes, a.key, F::kKeys, a.size, start + n * F::kKeys, kv_head, tile.batch,
+                 m.key_full(place.stage));
     wait_for(m.value_empty(place.stage), place.round ^ 1);
     arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
-    copy_rows(m.value + place.stage * F::kBlockBytes, a.value, start + n * F::kKeys, kv_line, tile.batch,
-              m.value_full(place.stage));
+    copy_rows<F>(m.value + place.stage * F::kBlockBytes, a.value, F::kKeys, a.size, start + n * F::kKeys, kv_head,
+                 tile.batch, m.value_full(place.stage));
   }
 }
 
@@ -530,14 +553,15 @@ __device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, co
   __syncwarp();
   const int first = group * kRows + warp * 16, left = tile.queries - tile.first - first;
   typename F::T* const to = static_cast<typename F::T*>(a.out) + tile.batch * a.out_batch_stride +
-                            (tile.row + first) * a.out_row_stride + tile.head * F::kSize;
+                            (tile.row + first) * a.out_row_stride + tile.head * a.size;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int r = i * 4 + lane / 8, unit = lane % 8;
 #pragma unroll
     for (int line = 0; line < F::kLines; ++line) {
       const uint4 v = load_shared(place + line * (kRows * 128) + (warp * 16 + r) * 128 + (unit ^ r % 8) * 16);
-      if (r < left) *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
+      if (r < left && line * kLine + unit * 8 < a.size)
+        *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
     }
   }
   fence_stores();  // before the copy engine writes there again
@@ -547,7 +571,7 @@ __device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, co
 // Rows that no sequence has.
 template <class F>
 __device__ inline void clear_rest(const Call& a) {
-  const int width = a.heads * (F::kSize / 8);
+  const int width = a.heads * (a.size / 8);
   const int64_t end = min(max(a.offsets[a.batch * a.offsets_stride], int64_t{0}), int64_t{a.queries});
   for (int64_t r = end + blockIdx.x; r < a.queries; r += gridDim.x)
     for (int i = threadIdx.x; i < width; i += F::kConsumers)
@@ -753,12 +777,13 @@ __global__ void __launch_bounds__(F::kThreads, F::kBlocks) attend(const __grid_c
 // multiprocessors idle.
 
 struct FewCall {
-  CUtensorMap query, key, value;  // query: [batch][query][head][line][kLine]
+  CUtensorMap query, key, value;  // query: [batch][query][head][size]
   void* out;
   int64_t out_batch_stride, out_row_stride;
   const int64_t* lengths;
   int64_t lengths_stride;
   int queries, keys, kv_heads, group, runs, run;  // run: queries of a block
+  int size;                                       // of a head
   float scale;
   uint32_t zero;
   bool causal;
@@ -815,25 +840,21 @@ struct Few {
 
 template <class F>
 __device__ void load_few(const FewCall& a, const FewMemory<F>& m, const Few<F>& few) {
-  arrive_expecting(m.query_full(), a.run * a.group * F::kSize * 2);
+  arrive_expecting(m.query_full(), a.run * a.group * F::kLines * 128);
 #pragma unroll
   for (int line = 0; line < F::kLines; ++line)
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
-        "[%7];\n" ::"r"(m.query + line * kRows * 128),
-        "l"(&a.query), "r"(0), "r"(line), "r"(few.kv_head * a.group), "r"(few.first), "r"(few.batch),
-        "r"(m.query_full())
-        : "memory");
+    copy_box(m.query + line * kRows * 128, a.query, line * kLine, few.kv_head * a.group, few.first, few.batch,
+             m.query_full());
   Place<F::kStages> place;
   for (int n = few.begin; n < few.end; ++n, place.next()) {
     wait_for(m.key_empty(place.stage), place.round ^ 1);
     arrive_expecting(m.key_full(place.stage), F::kBlockBytes);
-    copy_rows(m.key + place.stage * F::kBlockBytes, a.key, n * F::kKeys, few.kv_head * F::kLines, few.batch,
-              m.key_full(place.stage));
+    copy_rows<F>(m.key + place.stage * F::kBlockBytes, a.key, F::kKeys, a.size, n * F::kKeys, few.kv_head, few.batch,
+                 m.key_full(place.stage));
     wait_for(m.value_empty(place.stage), place.round ^ 1);
     arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
-    copy_rows(m.value + place.stage * F::kBlockBytes, a.value, n * F::kKeys, few.kv_head * F::kLines, few.batch,
-              m.value_full(place.stage));
+    copy_rows<F>(m.value + place.stage * F::kBlockBytes, a.value, F::kKeys, a.size, n * F::kKeys, few.kv_head, few.batch,
+                 m.value_full(place.stage));
   }
 }
 
@@ -911,10 +932,10 @@ template <class F>
 __device__ void store_sum(const FewCall& a, const Few<F>& few, int row, int column, const Sum& sum) {
   using T = typename F::T;
   const int query = few.first + row / a.group;
-  if (query >= a.queries) return;
+  if (query >= a.queries || column >= a.size) return;
   const float share = !few.valid ? NAN : sum.total == 0 ? 0 : 1 / sum.total;
   T* const to = static_cast<T*>(a.out) + few.batch * a.out_batch_stride + query * a.out_row_stride +
-                (few.kv_head * a.group + row % a.group) * F::kSize + column;
+                (few.kv_head * a.group + row % a.group) * a.size + column;
   store<4>(to, {sum.out[0] * share, sum.out[1] * share, sum.out[2] * share, sum.out[3] * share});
 }
 
@@ -1027,50 +1048,51 @@ __global__ void __launch_bounds__(F::kConsumers + 32, 1) attend_with_few(const _
   cluster_wait();  // until the others have read this block's parts
 }
 
-// Boxes of a tensor of `dims` dims whose innermost are lines of kLine columns; sizes, strides (in elements) and the box
-// from the second dim on.
-CUtensorMap boxes_of(void* data, CUtensorMapDataType type, int dims, const int64_t* sizes, const int64_t* strides,
-                     const int64_t* box) {
-  cuuint64_t all_sizes[5] = {kLine}, bytes[4];
-  cuuint32_t whole_box[5] = {kLine}, steps[5] = {1, 1, 1, 1, 1};
-  for (int i = 0; i + 1 < dims; ++i) {
+template <class T>
+constexpr CUtensorMapDataType kMapType =
+    std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+
+// Boxes of a tensor of four dims, kLine columns wide, with zeros where there are fewer; sizes, strides (in elements) and
+// the box from the second dim on.
+CUtensorMap boxes_of(void* data, CUtensorMapDataType type, int64_t columns, const int64_t (&sizes)[3],
+                     const int64_t (&strides)[3], const int64_t (&box)[3]) {
+  cuuint64_t all_sizes[4] = {static_cast<cuuint64_t>(columns)}, bytes[3];
+  cuuint32_t whole_box[4] = {kLine}, steps[4] = {1, 1, 1, 1};
+  for (int i = 0; i < 3; ++i) {
     all_sizes[i + 1] = sizes[i];
     bytes[i] = sizes[i] > 1 ? strides[i] * 2 : 16;  // of a single one any will do
     whole_box[i + 1] = static_cast<cuuint32_t>(box[i]);
   }
   CUtensorMap map;
   const CUresult result =
-      encoder()(&map, type, dims, data, all_sizes, bytes, whole_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      encoder()(&map, type, 4, data, all_sizes, bytes, whole_box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) refuse("the copy engine refuses a tensor (CUDA error %d)", static_cast<int>(result));
   return map;
 }
 
-// [batch][row][line][kLine]: boxes of `box_rows` rows and all lines of a head.
-CUtensorMap rows_map(const CudaGrid& grid, CUtensorMapDataType type, int64_t rows, int64_t lines, int64_t batch,
-                     int64_t box_rows, int64_t box_lines) {
-  const int64_t sizes[] = {rows, lines, batch}, strides[] = {grid.row_stride, kLine, grid.batch_stride},
-                box[] = {box_rows, box_lines, 1};
-  return boxes_of(grid.data, type, 4, sizes, strides, box);
+// [batch][head][row][size], boxes of `rows` of `all` rows: one of each line of a head; or, where heads fill their lines,
+// [batch][line][row][kLine], one of all lines of a head.
+template <class F>
+CUtensorMap rows_map(const CudaAttention& a, const CudaGrid& grid, int64_t all, int64_t heads, int64_t rows) {
+  const bool fills = fills_lines<F>(a.head_size);
+  const int64_t columns = fills ? kLine : a.head_size, lines = fills ? F::kLines : 1;
+  return boxes_of(grid.data, kMapType<typename F::T>, columns, {all, heads * lines, a.batch},
+                  {grid.row_stride, columns, grid.batch_stride}, {rows, lines, 1});
 }
 
 int64_t runs_of(const CudaAttention& a, int64_t run) { return (a.queries + run - 1) / run; }
 
-template <class T>
-constexpr CUtensorMapDataType kMapType =
-    std::is_same_v<T, bf16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-
 template <class F>
 void run(const CudaAttention& a, int processors, void* stream) {
-  const auto type = kMapType<typename F::T>;
-  const int64_t lines = a.heads * F::kLines, kv_lines = a.kv_heads * F::kLines;
   Call c{};
-  c.query = rows_map(a.query, type, a.queries, lines, a.batch, kRows, F::kLines);
+  c.query = rows_map<F>(a, a.query, a.queries, a.heads, kRows);
   c.out = a.out.data;
   c.out_batch_stride = a.out.batch_stride;
   c.out_row_stride = a.out.row_stride;
-  c.key = rows_map(a.key, type, a.keys, kv_lines, a.batch, F::kKeys, F::kLines);
-  c.value = rows_map(a.value, type, a.keys, kv_lines, a.batch, F::kKeys, F::kLines);
+  c.key = rows_map<F>(a, a.key, a.keys, a.kv_heads, F::kKeys);
+  c.value = rows_map<F>(a, a.value, a.keys, a.kv_heads, F::kKeys);
+  c.size = static_cast<int>(a.head_size);
   c.lengths = a.lengths;
   c.lengths_stride = a.lengths_stride;
   c.offsets = a.offsets;
@@ -1154,15 +1176,14 @@ bool take_parts(const CudaAttention& a, int64_t heads, int processors, FewCall& 
 
 template <class F>
 void run_few(const CudaAttention& a, int processors, void* stream) {
-  const auto type = kMapType<typename F::T>;
   FewCall c{};
   c.group = static_cast<int>(a.heads / a.kv_heads);
   c.run = static_cast<int>(std::min<int64_t>(a.queries, kRows / c.group));
-  const int64_t sizes[] = {F::kLines, a.heads, a.queries, a.batch},
-                strides[] = {kLine, F::kSize, a.query.row_stride, a.query.batch_stride}, box[] = {1, c.group, c.run, 1};
-  c.query = boxes_of(a.query.data, type, 5, sizes, strides, box);
-  c.key = rows_map(a.key, type, a.keys, a.kv_heads * F::kLines, a.batch, F::kKeys, F::kLines);
-  c.value = rows_map(a.value, type, a.keys, a.kv_heads * F::kLines, a.batch, F::kKeys, F::kLines);
+  c.query = boxes_of(a.query.data, kMapType<typename F::T>, a.head_size, {a.heads, a.queries, a.batch},
+                     {a.head_size, a.query.row_stride, a.query.batch_stride}, {c.group, c.run, 1});
+  c.key = rows_map<F>(a, a.key, a.keys, a.kv_heads, F::kKeys);
+  c.value = rows_map<F>(a, a.value, a.keys, a.kv_heads, F::kKeys);
+  c.size = static_cast<int>(a.head_size);
   c.out = a.out.data;
   c.out_batch_stride = a.out.batch_stride;
   c.out_row_stride = a.out.row_stride;
@@ -1186,21 +1207,22 @@ void run_few(const CudaAttention& a, int processors, void* stream) {
 template <class T, int kSize>
 void run_size(const CudaAttention& a, int processors, void* stream) {
   // The sizes of blocks are measured ones: benchmarks/README.md.
-  using Few = std::conditional_t<kSize == 128, Form<T, 128, 64, 2, 6>, Form<T, 64, 128, 2, 6>>;
-  using Short = RunForm<T, 64, 64, 2, 4, false, 2>;
+  constexpr bool is_large = kSize > 64;
+  using Few = Form<T, kSize, is_large ? 64 : 128, 2, 6>;
+  using Short = RunForm<T, std::min(kSize, 64), 64, 2, 4, false, 2>;
   using Long =
-      std::conditional_t<kSize == 128, RunForm<T, 128, 128, 2, 2, true, 1>, RunForm<T, 64, 64, 4, 6, false, 1>>;
+      std::conditional_t<is_large, RunForm<T, kSize, 128, 2, 2, true, 1>, RunForm<T, kSize, 64, 4, 6, false, 1>>;
   constexpr int64_t kManyKeys = 1024;
   constexpr int64_t kShortMean = 192;  // of packed sequences' lengths
   if (a.offsets) {
-    if constexpr (kSize == 64)
+    if constexpr (!is_large)
       if (a.queries < kShortMean * a.sequences) return run<Short>(a, processors, stream);
     return run<Long>(a, processors, stream);
   }
   const int64_t group = a.heads / a.kv_heads;
   const bool idle = a.batch * a.heads * runs_of(a, Long::kRun) * 2 <= processors && a.keys >= kManyKeys;
   if (group <= kRows && (group * a.queries <= kRows || idle)) return run_few<Few>(a, processors, stream);
-  if constexpr (kSize == 64)  // where the longer runs would be half empty
+  if constexpr (!is_large)  // where the longer runs would be half empty
     if (a.queries < 2 * Long::kRun && (a.queries - 1) % Long::kRun < Short::kRun)
       return run<Short>(a, processors, stream);
   run<Long>(a, processors, stream);
@@ -1217,7 +1239,7 @@ bool is_for_hopper(const CudaAttention& a) {
   };
   const bool counts = a.keys > 0 && a.keys < kMost && a.queries < kMost && a.batch < kMost &&
                       a.heads < kMost / a.batch / (a.queries / kRows + 1 + (a.offsets ? a.sequences : 0));
-  return (a.head_size == 64 || a.head_size == 128) && a.scale > 0 && a.scale < INFINITY && counts &&
+  return a.head_size % 8 == 0 && a.head_size <= 128 && a.scale > 0 && a.scale < INFINITY && counts &&
          fits(a.query, a.queries) && fits(a.key, a.keys) && fits(a.value, a.keys) && fits(a.out, a.queries);
 }
 
@@ -1226,7 +1248,14 @@ bool is_for_hopper(const CudaAttention& a) {
 template <class T>
 bool hopper_attention(const CudaAttention& a, int processors, void* stream) {
   if (!is_for_hopper(a)) return false;
-  a.head_size == 64 ? run_size<T, 64>(a, processors, stream) : run_size<T, 128>(a, processors, stream);
+  if (a.head_size <= 32)
+    run_size<T, 32>(a, processors, stream);
+  else if (a.head_size <= 64)
+    run_size<T, 64>(a, processors, stream);
+  else if (a.head_size <= 96)
+    run_size<T, 96>(a, processors, stream);
+  else
+    run_size<T, 128>(a, processors, stream);
   return true;
 }
 

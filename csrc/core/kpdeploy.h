@@ -186,8 +186,9 @@ int kpdeploy_fp8_add_rms_norm(const kpdeploy_context* context, const kpdeploy_te
 /* The activation of a name (none, relu, gelu, gelu_tanh, silu), or -1. */
 int kpdeploy_activation_of(const char* name);
 
-/* Which library multiplies on a GPU (ours or cuBLASLt), for products that were measured there: rows in the text of
- * kpdeploy/ops/gpu_measured.tsv in place of those that were built in; NULL: those again. For the whole process.
+/* Which library multiplies on a GPU (ours or cuBLASLt) or attends (ours or cuDNN), for calls that were measured there:
+ * rows in the text of kpdeploy/ops/gpu_measured.tsv and attention_measured.tsv in place of all that were built in; NULL:
+ * those again. For the whole process.
  * The libraries show it as kpdeploy_use_gpu_providers(rows). */
 int kpdeploy_set_gpu_providers(const kpdeploy_context* context, const char* rows);
 

@@ -36,6 +36,7 @@ Shapes, all leading dims of x counted as rows:
 Examples:
   kpdeploy ops explain linear_activation --device cpu --dtype f32 --shape 1024x384x1536
   kpdeploy ops explain attention --dtype bf16 --shape 8x128x128x12x32 --json
+  kpdeploy ops explain attention --device cuda --dtype bf16 --shape 4x2048x2048x16x256 --causal
   kpdeploy ops explain linear_activation --device cuda --dtype bf16 --activation gelu_tanh --shape 4096x1024x4096
 """
 
@@ -139,9 +140,22 @@ def _provider_json(op: str, p: providers.Provider, at: Mapping[str, Decision]) -
 @click.option("--device", default="cpu", show_default=True, help=f"One of {', '.join(providers.DEVICES)}.")
 @click.option("--dtype", default="f32", show_default=True, help=f"One of {', '.join(providers.DTYPES)}.")
 @click.option("--activation", default="gelu", show_default=True, help="Of linear_activation.")
+@click.option("--kv-heads", default=0, metavar="N", help="Heads of keys of attention.  [default: as many as heads]")
+@click.option("--causal", is_flag=True, help="Of attention: queries see no later keys.")
+@click.option("--lengths", is_flag=True, help="Of attention: each row has its own number of keys.")
 @click.option("--shape", required=True, metavar="AxBx…", help="The sizes of the call, as listed below.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_json: bool) -> None:
+def explain(
+    op: str,
+    device: str,
+    dtype: str,
+    activation: str,
+    kv_heads: int,
+    causal: bool,
+    lengths: bool,
+    shape: str,
+    as_json: bool,
+) -> None:
     """Say who would run a call of OP here, and why the others would not."""
     from kpdeploy.cli import console
 
@@ -151,7 +165,17 @@ def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_js
     dtype = providers.DTYPES.get(dtype, dtype)
     activation = _known("activation", activation, ACTIVATIONS)
     sizes = providers.parse_shape(op, shape)
-    answers = providers.explain(op, device=device, dtype=dtype, sizes=sizes, at=providers.here(), activation=activation)
+    answers = providers.explain(
+        op,
+        device=device,
+        dtype=dtype,
+        sizes=sizes,
+        at=providers.here(),
+        activation=activation,
+        kv_heads=kv_heads,
+        causal=causal,
+        lengths=lengths,
+    )
     elsewhere = measured.of(op, dtype, activation, tuple(sizes.values())) if device == "cuda" else []
     attentions = measured_attention.of(dtype, tuple(sizes.values())) if (op, device) == ("attention", "cuda") else []
     if as_json:
@@ -180,7 +204,7 @@ def explain(op: str, device: str, dtype: str, activation: str, shape: str, as_js
     for row in elsewhere:
         console.out.print(f"{row.told}: {row.provider} runs it there", markup=False)
     for attention in attentions:
-        console.out.print(attention.told, markup=False)
+        console.out.print(f"{attention.told}: {attention.provider} runs it there", markup=False)
     console.next_command(f"kpdeploy ops validate {op}")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import ShapeMalformed
-from kpdeploy.ops import libraries, measured
+from kpdeploy.ops import libraries, measured, measured_attention
 
 Sizes = Mapping[str, int]
 
@@ -49,6 +49,10 @@ def _many_rows(sizes: Sizes) -> str:
     return "" if sizes["rows"] > FEW_ROWS else f"up to {FEW_ROWS} rows our own kernel is as fast"
 
 
+def _no_memory(sizes: Sizes) -> str:
+    return "it needs memory on the GPU, and in ONNX Runtime our ops are lent none"
+
+
 def _head_fits(sizes: Sizes) -> str:
     return "" if 1 <= sizes["size"] <= LARGEST_HEAD else f"heads are of size 1 to {LARGEST_HEAD}"
 
@@ -58,7 +62,7 @@ class Call:
     """A call of an op on a machine.
 
     `gpu` is the name of its GPU, `hopper` whether our kernels for compute capability 9.0 run there; `activation` is of
-    linear_activation, "" of the others.
+    linear_activation, "" of the others; `kv_heads` (0: as many as heads), `causal` and `lengths` are of attention.
     """
 
     op: str
@@ -67,10 +71,23 @@ class Call:
     activation: str = ""
     gpu: str = ""
     hopper: bool = False
+    kv_heads: int = 0
+    causal: bool = False
+    lengths: bool = False
 
-    def measured(self) -> measured.Measured | None:
+    def measured(self) -> measured.Measured | measured_attention.Measured | None:
         """What was measured of it on this GPU."""
-        found = measured.of(self.op, self.dtype, self.activation, tuple(self.sizes.values()))
+        shape = tuple(self.sizes.values())
+        if self.op == "attention":
+            return measured_attention.nearest(
+                self.gpu,
+                self.dtype,
+                shape,
+                kv_heads=self.kv_heads or self.sizes["heads"],
+                causal=self.causal,
+                lengths=self.lengths,
+            )
+        found = measured.of(self.op, self.dtype, self.activation, shape)
         return next((m for m in found if m.device == self.gpu), None)
 
 
@@ -95,6 +112,32 @@ def _cublaslt_refuses(call: Call) -> str:
     if call.hopper and call.dtype != "float32" and whole_rows:
         return "not measured: our kernels for compute capability 9.0 take it first"
     return "" if call.sizes["rows"] > FEW_ROWS else f"up to {FEW_ROWS} rows our own kernel is as fast"
+
+
+OWN_HEAD = 128
+"""The largest head of our kernels for compute capability 9.0; larger ones are cuDNN's there: kOwnHead of
+csrc/core/attention.cu."""
+
+
+def _cudnn_refuses(call: Call) -> str:
+    """As csrc/core/attention.cu and cudnn_attention.cpp decide."""
+    sizes, masks = call.sizes, call.causal and call.sizes["queries"] > 1
+    if sizes["size"] % 8:
+        return "it takes heads of a multiple of 8"
+    if 0 in sizes.values():
+        return "there is nothing to attend to"
+    if call.lengths:
+        return "it lets values beyond a row's length into the result, where they are NaN or infinite"
+    if masks and sizes["queries"] > sizes["keys"]:
+        return "it takes a causal mask where there are as many keys as queries or more"
+    known = call.measured()
+    if known:
+        return known.told if known.provider == "kpdeploy" else ""
+    if not call.hopper:
+        return "not measured: our own kernel runs"
+    if sizes["size"] <= OWN_HEAD:
+        return "not measured: our kernels for compute capability 9.0 take it first"
+    return ""
 
 
 def _mlas_refuses(call: Call) -> str:
@@ -241,6 +284,26 @@ def _cublaslt() -> Decision:
     return Skipped(what=what, reason="no libcublasLt.so.13 or .12 can be loaded: our own kernels run")
 
 
+CUDNN = "libcudnn.so.9"
+CUDNN_BROKEN = (91000, 91001)
+"""Releases whose attention cudnn-frontend refuses."""
+
+
+def _cudnn() -> Decision:
+    what = "cuDNN"
+    import ctypes
+
+    if _has("torch"):
+        import torch  # noqa: F401 - a torch with CUDA brings it, and loads it
+    try:
+        version = int(ctypes.CDLL(CUDNN).cudnnGetVersion())
+    except (OSError, AttributeError):
+        return Skipped(what=what, reason=f"no {CUDNN} can be loaded: our own kernels run")
+    if version in CUDNN_BROKEN:
+        return Skipped(what=what, reason=f"attention of cuDNN {version} has known bugs: our own kernels run")
+    return Applied(what=what, detail=f"{CUDNN}, version {version}")
+
+
 def _torch_cuda() -> Decision:
     what = "torch with CUDA"
     if not _has("torch"):
@@ -291,6 +354,7 @@ NEEDS: dict[str, Callable[[], Decision]] = {
     "NVIDIA GPU": _gpu,
     "compute capability 9.0": _hopper,
     "cuBLASLt": _cublaslt,
+    "cuDNN": _cudnn,
     "torch with CUDA": _torch_cuda,
     "ONNX Runtime with CUDA": _onnxruntime_cuda,
     f"no {libraries.TORCH}": _no_torch_library,
@@ -379,6 +443,23 @@ CUBLASLT = tuple(
         ("onnxruntime", "ONNX Runtime", libraries.ONNX),
     )
 )
+CUDNN_PROVIDERS = tuple(
+    Provider(
+        name="cudnn",
+        runtime=runtime,
+        device="cuda",
+        dtypes=("bfloat16", "float16"),
+        library=library,
+        needs=(*GPU, f"{package} with CUDA", library, "cuDNN"),
+        when="attention that it was measured to run faster, and heads above 128 on compute capability 9.0",
+        refuses=refuses,
+        refuses_call=_cudnn_refuses,
+    )
+    for runtime, package, library, refuses in (
+        ("torch", "torch", libraries.TORCH, _head_fits),
+        ("onnxruntime", "ONNX Runtime", libraries.ONNX, _no_memory),
+    )
+)
 ONEDNN = Provider(
     name="onednn",
     runtime="torch",
@@ -447,7 +528,7 @@ class Row:
 
 
 PROVIDERS: dict[str, Row] = {
-    "attention": Row(dims=HEADS, providers=_ours(_head_fits)),
+    "attention": Row(dims=HEADS, providers=(*CUDNN_PROVIDERS, *_ours(_head_fits))),
     "packed_attention": Row(dims=PACKED_HEADS, providers=_ours(_head_fits)),
     "linear_activation": Row(dims=LINEAR, providers=(ONEDNN, *CUBLASLT, *OURS, MLAS)),
     "gated_linear": Row(dims=LINEAR, providers=(ONEDNN, *OURS)),
@@ -480,7 +561,16 @@ def missing(provider: Provider, at: Mapping[str, Decision], dtype: str = "") -> 
 
 
 def explain(
-    op: str, *, device: str, dtype: str, sizes: Sizes, at: Mapping[str, Decision], activation: str = "gelu"
+    op: str,
+    *,
+    device: str,
+    dtype: str,
+    sizes: Sizes,
+    at: Mapping[str, Decision],
+    activation: str = "gelu",
+    kv_heads: int = 0,
+    causal: bool = False,
+    lengths: bool = False,
 ) -> list[Answer]:
     """Each provider of the op: at most one of each runtime runs the call.
 
@@ -489,6 +579,7 @@ def explain(
         sizes: by the names of the op's dims.
         at: what is there; `here()` for this machine.
         activation: of linear_activation.
+        kv_heads, causal, lengths: of attention; 0: as many as heads.
     """
     gpu = at["NVIDIA GPU"]
     call = Call(
@@ -498,6 +589,9 @@ def explain(
         activation=activation if op == "linear_activation" else "",
         gpu=gpu.detail if isinstance(gpu, Applied) else "",
         hopper=isinstance(at["compute capability 9.0"], Applied),
+        kv_heads=kv_heads,
+        causal=causal,
+        lengths=lengths,
     )
     known = call.measured() if device == "cuda" else None
     answers, taken = [], dict[str, str]()
@@ -527,8 +621,12 @@ def chosen(op: str, arguments: tuple[Any, ...], *, runtime: str, device: str, dt
     """The name of the provider that runs a call here; empty where none does. `arguments`: of the op's torch schema."""
     dims = PROVIDERS[op].dims
     sizes = dict(zip(dims.names, dims.of(*arguments), strict=True))
-    activation = arguments[3] if op == "linear_activation" else ""
-    answers = explain(op, device=device, dtype=dtype, sizes=sizes, at=here(), activation=activation)
+    more: dict[str, Any] = {}
+    if op == "linear_activation":
+        more = {"activation": arguments[3]}
+    elif op == "attention":
+        more = {"lengths": arguments[3] is not None, "kv_heads": arguments[5], "causal": arguments[7]}
+    answers = explain(op, device=device, dtype=dtype, sizes=sizes, at=here(), **more)
     return next((a.provider.name for a in answers if a.runs and a.provider.runtime == runtime), "")
 
 

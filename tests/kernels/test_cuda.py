@@ -12,7 +12,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,26 +263,163 @@ def test_a_weight_that_the_kernel_ahead_writes_is_waited_for(shape: tuple[int, i
                 assert error(out.cpu(), calls.reference(OPS[name], arguments)[0].cpu()) <= 6e-3
 
 
+Choose = Callable[..., contextlib.AbstractContextManager[None]]
+
+
+@pytest.fixture
+def choose(gpu: None, torch_library: str) -> Choose:
+    """Has calls go by one row for this GPU alone, handed to the library as an artifact's would be."""
+    use = ctypes.CDLL(torch_library).kpdeploy_use_gpu_providers
+    use.argtypes = (ctypes.c_char_p,)
+
+    @contextlib.contextmanager
+    def chosen(*cells: Any) -> Iterator[None]:
+        row = "\t".join(map(str, (torch.cuda.get_device_name(), *cells)))
+        assert use(f"{measured.TABLE.read_text().splitlines()[0]}\n{row}\n".encode()) == 0
+        try:
+            assert use(b"no table\nof ours\n") != 0  # and what held before stays
+            yield
+        finally:
+            assert use(None) == 0
+
+    return chosen
+
+
 @pytest.mark.parametrize("provider", ["kpdeploy", "cublaslt"])
-def test_either_provider_of_a_product_gives_the_reference(provider: str, gpu: None, torch_library: str) -> None:
-    """Chosen by a row for this GPU, handed to the library as an artifact's would be."""
-    choose = ctypes.CDLL(torch_library).kpdeploy_use_gpu_providers
-    choose.argtypes = (ctypes.c_char_p,)
-    head = measured.TABLE.read_text().splitlines()[0]
+def test_either_provider_of_a_product_gives_the_reference(provider: str, choose: Choose) -> None:
+    for dtype in DTYPES:
+        for activation in ("none", "relu", "gelu_tanh"):
+            x, w, b = torch.randn(96, 128), torch.randn(160, 128) / 11, torch.randn(160)
+            arguments = to_dtype((x, w, b, activation), DTYPES[dtype])
+            with choose("linear_activation", dtype, activation, 96, 128, 160, provider):
+                outs = through_torch(OPS["linear_activation"], arguments)
+            found = worst(outs, expected(OPS["linear_activation"], arguments))
+            assert found <= 1.5 * tolerance("kpdeploy", dtype, ""), (dtype, activation)
+
+
+ATTENTION_HEADS = (*range(8, 129, 8), 36, 256)
+"""Every one that the kernels for compute capability 9.0 take, and two that they leave to the general one."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("size", ATTENTION_HEADS)
+def test_heads_of_every_size_give_the_reference(size: int, dtype: str, hopper: None, choose: Choose) -> None:
+    torch.manual_seed(size)
+    cases: list[tuple[str, Arguments]] = []
+    for batch, queries, keys, heads, kv_heads in (
+        (2, 300, 300, 4, 2), (3, 130, 70, 3, 3), (1, 1, 8192, 8, 2), (2, 5, 700, 6, 2), (9, 100, 100, 5, 1),
+        (1, 600, 1100, 2, 1), (2, 128, 128, 4, 2),
+    ):  # fmt: skip
+        q, k, v = (torch.randn(batch, n, h * size) for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads)))
+        lengths = torch.randint(0, keys + 1, (batch,))
+        for given, causal in ((None, False), (None, True), (lengths, False), (lengths, True)):
+            cases.append(("attention", (q, k, v, given, heads, kv_heads, size**-0.5, causal)))
+    for each, beyond in (((65, 1, 0, 129, 300), 7), ((700, 1), 0)):
+        rows, offsets = sum(each) + beyond, torch.tensor([0, *each]).cumsum(0)
+        q, k, v = torch.randn(1, rows, 6 * size).split((4 * size, size, size), dim=-1)
+        cases += [("packed_attention", (q, k, v, offsets, 4, 1, size**-0.5, causal)) for causal in (False, True)]
+    for name, plain in cases:
+        arguments = to_dtype(plain, DTYPES[dtype])
+        q, k, _, lengths, heads, kv_heads, _, causal = arguments
+        shape = (*q.shape[:2], k.shape[1], heads, kv_heads, size, "yes" if causal and q.shape[1] > 1 else "no")
+        with choose("attention", dtype, *shape, int(lengths is not None), "kpdeploy"):
+            outs = through_torch(OPS[name], arguments)
+        found = worst(outs, expected(OPS[name], arguments))
+        assert found <= tolerance("kpdeploy", dtype, ""), (name, [tuple(t.shape) for t in plain[:3]], plain[3:])
+
+
+@pytest.fixture
+def cudnn(choose: Choose, hopper: None) -> Callable[[Arguments], torch.Tensor]:
+    """Runs attention by cuDNN, and sees to it that cuDNN's kernels run."""
     try:
-        for dtype in DTYPES:
-            for activation in ("none", "relu", "gelu_tanh"):
-                cells = (torch.cuda.get_device_name(), "linear_activation", dtype, activation, 96, 128, 160, provider)
-                assert choose("\n".join((head, "\t".join(map(str, cells)), "")).encode()) == 0
-                x, w, b = torch.randn(96, 128), torch.randn(160, 128) / 11, torch.randn(160)
-                arguments = to_dtype((x, w, b, activation), DTYPES[dtype])
-                found = worst(
-                    through_torch(OPS["linear_activation"], arguments), expected(OPS["linear_activation"], arguments)
-                )
-                assert found <= 1.5 * tolerance("kpdeploy", dtype, ""), (dtype, activation)
-        assert choose(b"no table\nof ours\n") != 0
-    finally:
-        assert choose(None) == 0
+        ctypes.CDLL("libcudnn.so.9")
+    except OSError as missing:
+        pytest.skip(f"NOT RUN: cuDNN's attention, with a GPU in this machine: {missing}")
+
+    def run(arguments: Arguments) -> torch.Tensor:
+        q, k, _, lengths, heads, kv_heads, _, causal = arguments
+        size, dtype = q.shape[2] // heads, str(q.dtype).removeprefix("torch.")
+        shape = (*q.shape[:2], k.shape[1], heads, kv_heads, size, "yes" if causal and q.shape[1] > 1 else "no")
+        moved = on_gpu(arguments)
+        with choose("attention", dtype, *shape, int(lengths is not None), "cudnn"), outputs_poisoned():
+            torch.ops.kpdeploy.attention(*moved)  # makes the plan
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                out = torch.ops.kpdeploy.attention(*moved)
+                torch.cuda.synchronize()
+        names = [event.name for event in seen.events()]
+        assert any("cudnn" in name for name in names), names
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnns_attention_gives_the_reference(dtype: str, cudnn: Callable[[Arguments], torch.Tensor]) -> None:
+    torch.manual_seed(9)
+    for batch, queries, keys, heads, kv_heads, size in (
+        (2, 300, 300, 4, 2, 256), (3, 130, 70, 3, 3, 192), (4, 1, 700, 6, 2, 256), (2, 65, 65, 2, 1, 136),
+        (2, 256, 256, 2, 2, 128), (1, 1, 4096, 8, 2, 64), (2, 100, 500, 4, 4, 256),
+    ):  # fmt: skip
+        q, k, v = (torch.randn(batch, n, h * size) for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads)))
+        for causal in (False, True)[: 1 + (queries <= keys)]:
+            arguments = to_dtype((q, k, v, None, heads, kv_heads, size**-0.5, causal), DTYPES[dtype])
+            found = error(cudnn(arguments).cpu(), expected(OPS["attention"], arguments)[0])
+            assert found <= 1.5 * tolerance("kpdeploy", dtype, ""), (q.shape, k.shape, causal)
+
+
+def test_cudnn_keeps_the_rows_of_a_batch_apart(cudnn: Callable[[Arguments], torch.Tensor]) -> None:
+    for keys in (70, 200, 333):  # a block of keys ends where the next row begins
+        q, k, v = torch.randn(3, 3, keys, 2 * 256).bfloat16()
+        out = cudnn((q, k, v, None, 2, 2, 0.06, False))
+        for tensor in (q, k, v):
+            tensor[1] = torch.nan
+        found = cudnn((q, k, v, None, 2, 2, 0.06, False))
+        assert torch.equal(found[::2], out[::2])
+        assert found[1].isnan().all()
+
+
+def test_a_cuda_graph_replays_cudnns_attention(cudnn: Callable[[Arguments], torch.Tensor], choose: Choose) -> None:
+    op = torch.ops.kpdeploy.attention
+    for queries in (300, 1):  # one of them with keys shared among blocks, whose parts meet in memory
+        q, k, v = (torch.randn(2, n, 2 * 256, device="cuda").bfloat16() for n in (queries, 4096, 4096))
+        cudnn((q, k, v, None, 2, 2, 0.06, False))
+        with choose("attention", "bfloat16", 2, queries, 4096, 2, 2, 256, "no", 0, "cudnn"):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = op(q, k, v, None, 2, 2, 0.06, False)
+            for _ in range(3):
+                q.normal_()
+                graph.replay()
+                wanted = op(q, k, v, None, 2, 2, 0.06, False)
+                assert error(captured.cpu(), wanted.double().cpu()) <= tolerance("kpdeploy", "bfloat16", "")
+
+
+def test_a_call_that_cudnn_does_not_take_is_ours(choose: Choose, hopper: None) -> None:
+    """Rows that 16 bytes do not divide, lengths, and a plan that would have to be made while a graph is captured."""
+    op = OPS["attention"]
+    q, k, v = torch.randn(3, 2, 50, 2 * 250).bfloat16()
+    with choose("attention", "bfloat16", 2, 50, 50, 2, 2, 250, "no", 0, "cudnn"):
+        arguments: Arguments = (q, k, v, None, 2, 2, 0.06, False)
+        assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", "bfloat16", "")
+    q, k, v = torch.randn(3, 4, 50, 2 * 256).bfloat16()
+    k[1, 7:] = v[1, 7:] = torch.nan
+    with choose("attention", "bfloat16", 4, 50, 50, 2, 2, 256, "no", 1, "cudnn"):
+        (out,) = through_torch(op, (q, k, v, torch.tensor([50, 7, -1, 51]), 2, 2, 0.06, False))
+        k[1, 7:] = v[1, 7:] = 0
+        (ref,) = expected(op, (q[:2], k[:2], v[:2], torch.tensor([50, 7]), 2, 2, 0.06, False))
+        assert error(out[:2], ref) <= tolerance("kpdeploy", "bfloat16", "")
+        assert out[2:].isnan().all()
+    q, k, v = torch.randn(3, 2, 50, 2 * 248).bfloat16()
+    with choose("attention", "bfloat16", 2, 50, 50, 2, 2, 248, "yes", 0, "cudnn"):
+        arguments = (q, k[:, :40], v[:, :40], None, 2, 2, 0.06, True)
+        assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", "bfloat16", "")
+    q, k, v = torch.randn(3, 1, 77, 2 * 256, device="cuda").bfloat16()
+    graph = torch.cuda.CUDAGraph()
+    with choose("attention", "bfloat16", 1, 77, 77, 2, 2, 256, "no", 0, "cudnn"), torch.cuda.graph(graph):
+        captured = torch.ops.kpdeploy.attention(q, k, v, None, 2, 2, 0.06, False)
+    graph.replay()
+    ref = calls.reference(op, (q, k, v, None, 2, 2, 0.06, False))[0]
+    assert error(captured.cpu(), ref.cpu()) <= tolerance("kpdeploy", "bfloat16", "")
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["bfloat16", "quantized"])
@@ -539,7 +676,10 @@ def test_a_second_gpu_is_made_current(cuda_provider: str) -> None:
     assert torch.equal(torch.from_numpy(found), out.cpu())
 
 
-CALLS = pytest.mark.parametrize(("queries", "heads", "size"), [(40, 2, 32), (40, 1, 64), (300, 2, 64), (200, 1, 128)])
+CALLS = pytest.mark.parametrize(
+    ("queries", "heads", "size"),
+    [(40, 2, 36), (40, 2, 32), (40, 1, 64), (300, 2, 64), (200, 1, 128), (300, 2, 24), (200, 3, 88), (40, 1, 104)],
+)
 """By the general kernel, and on compute capability 9.0 by those for few and for many queries."""
 
 

@@ -91,6 +91,17 @@ def test_what_is_here_is_known_by_loading_it(torch_library: str, onnx_library: s
         assert isinstance(at[stand_in], Skipped)
 
 
+def test_cudnn_is_known_by_loading_it() -> None:
+    import ctypes
+
+    try:
+        version = ctypes.CDLL(providers.CUDNN).cudnnGetVersion()
+    except OSError:
+        assert providers.here()["cuDNN"].reason == f"no {providers.CUDNN} can be loaded: our own kernels run"
+    else:
+        assert isinstance(providers.here()["cuDNN"], Skipped) == (version in providers.CUDNN_BROKEN)
+
+
 def test_without_the_libraries_the_stand_ins_are_chosen_and_the_reasons_told() -> None:
     script = (
         "import pathlib\n"

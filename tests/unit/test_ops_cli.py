@@ -83,6 +83,87 @@ def test_a_product_that_was_measured_goes_to_whoever_was_faster_and_says_the_fig
     assert runs("silu", **unmeasured).provider.name == "kpdeploy"
 
 
+HOPPER = (*GPU, "cuBLASLt", "cuDNN", "compute capability 9.0")
+
+
+def attention(shape: str, *found: str, dtype: str = "bfloat16", **more: Any) -> providers.Answer:
+    """What runs a call of attention in torch on a GPU."""
+    sizes = providers.parse_shape("attention", shape)
+    at = machine(*(found or HOPPER))
+    answers = providers.explain("attention", device="cuda", dtype=dtype, sizes=sizes, at=at, **more)
+    return next(a for a in answers if a.runs and a.provider.runtime == "torch")
+
+
+def cudnn_refuses(shape: str, *found: str, dtype: str = "bfloat16", **more: Any) -> str:
+    sizes = providers.parse_shape("attention", shape)
+    at = machine(*(found or HOPPER))
+    answers = providers.explain("attention", device="cuda", dtype=dtype, sizes=sizes, at=at, **more)
+    return next(a.why for a in answers if (a.provider.name, a.provider.runtime) == ("cudnn", "torch"))
+
+
+def test_attention_that_was_measured_goes_to_whoever_was_faster_and_says_the_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    row: dict[str, Any] = {"device": "found", "dtype": "bfloat16", "shape": (4, 64, 64, 8, 128), "kv_heads": 8}
+    row |= {"causal": False, "mean_length": 0, "kpdeploy_us": 9.0, "cudnn_us": 8.0, "peer": "cudnn", "peer_us": 8.5}
+    theirs = measured_attention.Measured(**row, provider="cudnn")
+    ours = measured_attention.Measured(**row | {"causal": True}, provider="kpdeploy")
+    grouped = measured_attention.Measured(**row | {"kv_heads": 2}, provider="cudnn")
+    monkeypatch.setattr(measured_attention, "table", lambda: (theirs, ours, grouped))
+    told = (
+        "4x64x64x8x128 measured on found with 8 heads of keys: kpdeploy 9 µs, cuDNN 8 µs, torch's SDPA (cudnn) 8.5 µs"
+    )
+
+    found = attention("4x64x64x8x128")
+    assert (found.provider.name, found.why) == ("cudnn", told)
+    assert attention("8x128x32x8x128").provider.name == "cudnn"
+    assert attention("4x129x64x8x128").provider.name == "kpdeploy"
+    assert attention("4x64x64x8x128", causal=True).why == ours.told
+    assert cudnn_refuses("4x64x64x8x128", causal=True) == ours.told
+    assert attention("4x64x64x8x128", lengths=True).provider.name == "kpdeploy"
+    assert attention("4x64x64x8x128", kv_heads=2).why == grouped.told
+    assert attention("4x64x64x8x128", dtype="float16").provider.name == "kpdeploy"
+    without = tuple(need for need in HOPPER if need != "cuDNN")
+    assert attention("4x64x64x8x128", *without).provider.name == "kpdeploy"
+    assert cudnn_refuses("4x64x64x8x128", *without) == "without cuDNN"
+
+
+def test_large_heads_are_cudnns_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured_attention, "table", tuple)
+    for size, name in ((64, "kpdeploy"), (128, "kpdeploy"), (136, "cudnn"), (256, "cudnn"), (250, "kpdeploy")):
+        assert attention(f"1x2x2x4x{size}").provider.name == name
+    assert cudnn_refuses("1x2x2x4x128").startswith("not measured: our kernels for compute capability 9.0 take it")
+    assert cudnn_refuses("1x2x2x4x250") == "it takes heads of a multiple of 8"
+    assert cudnn_refuses("1x2x2x4x256", *GPU, "cuDNN") == "not measured: our own kernel runs"
+    assert cudnn_refuses("1x2x2x4x256", dtype="float32") == "it takes bfloat16, float16"
+    assert cudnn_refuses("1x0x2x4x256") == "there is nothing to attend to"
+    assert who("attention", "1x2x2x4x256", machine(*HOPPER), device="cuda", dtype="bfloat16") == {
+        "torch": "cudnn", "onnxruntime": "kpdeploy"
+    }  # fmt: skip
+    for shape, more, takes in (
+        ("1x3x2x4x256", {"causal": True}, False),
+        ("1x2x3x4x256", {"causal": True}, True),
+        ("1x1x3x4x256", {"causal": True}, True),
+        ("1x3x3x4x256", {"lengths": True}, False),
+    ):
+        assert (attention(shape, **more).provider.name == "cudnn") == takes, (shape, more)
+
+
+def test_the_kernels_go_by_the_same_table_and_thresholds() -> None:
+    core = Path(__file__).parents[2] / "csrc/core"
+    assert f"kNear = {measured.NEAR};" in (core / "gpu_choice.cpp").read_text()
+    assert f"kOwnHead = {providers.OWN_HEAD};" in (core / "attention.cu").read_text()
+    versions = " && ".join(f"l.version() != {version}" for version in providers.CUDNN_BROKEN)
+    assert versions in (core / "cudnn_attention.cpp").read_text()
+    assert providers.CUDNN in (core / "cudnn_attention.cpp").read_text()
+    assert measured_attention.TABLE.read_text().splitlines()[0] == "\t".join(measured_attention.COLUMNS)
+    for row in measured_attention.table():
+        gains = row.cudnn_us is not None and measured_attention.is_gain(row.kpdeploy_us, row.cudnn_us)
+        assert row.provider == ("cudnn" if gains else "kpdeploy")
+        more = {"kv_heads": row.kv_heads, "causal": row.causal, "lengths": row.mean_length > 0}
+        assert measured_attention.nearest(row.device, row.dtype, row.shape, **more) == row
+
+
 def test_the_table_of_what_was_measured_can_be_read_and_names_the_faster() -> None:
     assert measured.table()
     for row in measured.table():
@@ -303,3 +384,9 @@ def test_every_attention_that_was_measured_is_told_with_both_figures(run: Run) -
     code, out, _ = run("explain", "attention", "--device", "cuda", "--dtype", "bf16", "--shape", shape)
     assert code == 0
     assert slower.told in " ".join(out.split())
+    code, out, _ = run(
+        "explain", "attention", "--device", "cuda", "--dtype", "bf16", "--shape", shape, "--causal", "--lengths",
+        "--kv-heads", "1", "--json",
+    )  # fmt: skip
+    assert code == 0
+    assert all(not row["runs"] for row in json.loads(out)["providers"] if row["device"] == "cuda")
