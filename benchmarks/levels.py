@@ -258,7 +258,7 @@ def measure(
         "seconds": seconds,
     }
     with tempfile.TemporaryDirectory(prefix="kpdeploy-levels-") as scratch:
-        work = Workshop(subject.model, packages["1"][0].signature, Path(scratch))
+        work = Workshop(subject.model, packages["1"][0].signature, Path(scratch), subject.inputs)
         report["accuracy"] = accuracy(subject, work, packages)
         report["points"] = []
         for rows, length, kind in subject.points:

@@ -163,17 +163,19 @@ def point_of(signature: Signature, batch: int, seq: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Workshop:
-    """The unmodified model, and the files that the peers start from, each made when first asked for."""
+    """The unmodified model, and the files that the peers start from, each made when first asked for. `inputs` as
+    `kpdeploy export --input` takes them, where the model does not tell its axes."""
 
     source: str
     signature: Signature
     folder: Path
+    inputs: tuple[str, ...] = ()
 
     @functools.cached_property
     def model(self) -> Any:
-        from kpdeploy.load import load_model
+        from kpdeploy.load import Request, load_model
 
-        return load_model(self.source)
+        return load_model(self.source, Request(inputs=self.inputs))
 
     def answer(self, arrays: Sequence[Array]) -> list[Array]:
         """Eager PyTorch in float32: what every answer is compared with."""
@@ -213,7 +215,7 @@ class Workshop:
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        return Capture(settle_axes(model, stated=False), folder)
+        return Capture(settle_axes(model, stated=bool(self.inputs)), folder)
 
     def _kept(self, file: str, make: Callable[[Path], object]) -> str:
         """The path of a file in the workshop, made now if an earlier run has not left it."""
