@@ -76,6 +76,33 @@ struct CudaAttention {
   GpuMemory memory;
 };
 
+#ifndef KEYS
+#define KEYS 128
+#endif
+constexpr int kFp8Keys = KEYS;  // of a block that shares its scales
+
+// What fp8_attention takes, of 16-bit query, key and value: see kpdeploy.h. Dense.
+struct CudaFp8Operands {
+  CudaGrid query, key, value;
+  void *query8, *key8, *value8;
+  float *query_scale, *block_scale;
+  const int64_t* lengths;  // null: all keys
+  int64_t lengths_stride;
+  int64_t batch, queries, keys, heads, kv_heads, head_size;
+};
+
+struct CudaFp8Attention {
+  void *query, *key, *value;
+  const float *query_scale, *block_scale;
+  CudaGrid out;
+  const float* out_scale;  // null: out is bfloat16
+  const int64_t* lengths;  // null: all keys
+  int64_t lengths_stride;
+  int64_t batch, queries, keys, heads, kv_heads, head_size;
+  float scale;
+  bool causal;
+};
+
 // Indexed by kpdeploy_dtype: F32, BF16, F16. Each queues one kernel on the stream, or throws a Refusal.
 struct CudaKernels {
   void (*norm[3])(const CudaNorm&, void* stream);
