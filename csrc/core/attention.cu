@@ -9,6 +9,7 @@
 #include "device.cuh"
 #include "gpu_choice.h"
 #include "hopper_attention.h"
+#include "hopper_fp8_attention.h"
 
 namespace kpdeploy {
 namespace {
@@ -370,5 +371,27 @@ void attention(const CudaAttention& a, void* stream) {
 template void attention<float>(const CudaAttention&, void*);
 template void attention<bf16>(const CudaAttention&, void*);
 template void attention<f16>(const CudaAttention&, void*);
+
+namespace {
+
+Gpu gpu_of_8_bits() {
+  const Gpu gpu = current_gpu();
+  if (gpu.capability != 90) refuse_unsupported("attention of 8-bit floats is for GPUs of compute capability 9.0");
+  return gpu;
+}
+
+}  // namespace
+
+template <class T>
+void fp8_attention_operands(const CudaFp8Operands& a, void* stream) {
+  gpu_of_8_bits();
+  hopper_fp8_attention_operands<T>(a, stream);
+}
+template void fp8_attention_operands<bf16>(const CudaFp8Operands&, void*);
+template void fp8_attention_operands<f16>(const CudaFp8Operands&, void*);
+
+void fp8_attention(const CudaFp8Attention& a, void* stream) {
+  hopper_fp8_attention(a, gpu_of_8_bits().processors, stream);
+}
 
 }  // namespace kpdeploy

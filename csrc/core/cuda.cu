@@ -29,6 +29,8 @@ const kpdeploy::CudaKernels* kpdeploy::cuda_kernels() {
       {linear<float>, linear<bf16>, linear<f16>},
       fp8_linear,
       {attention<float>, attention<bf16>, attention<f16>},
+      {nullptr, fp8_attention_operands<bf16>, fp8_attention_operands<f16>},
+      fp8_attention,
   };
   return &table;
 }

@@ -252,5 +252,8 @@ void linear(const CudaLinear& a, void* stream);
 void fp8_linear(const CudaLinear& a, void* stream);
 template <class T>
 void attention(const CudaAttention& a, void* stream);
+template <class T>
+void fp8_attention_operands(const CudaFp8Operands& a, void* stream);
+void fp8_attention(const CudaFp8Attention& a, void* stream);
 
 }  // namespace kpdeploy

@@ -76,10 +76,7 @@ struct CudaAttention {
   GpuMemory memory;
 };
 
-#ifndef KEYS
-#define KEYS 128
-#endif
-constexpr int kFp8Keys = KEYS;  // of a block that shares its scales
+constexpr int kFp8Keys = 128;  // of a block that shares its scales
 
 // What fp8_attention takes, of 16-bit query, key and value: see kpdeploy.h. Dense.
 struct CudaFp8Operands {
@@ -110,6 +107,8 @@ struct CudaKernels {
   void (*linear[3])(const CudaLinear&, void* stream);
   void (*fp8_linear)(const CudaLinear&, void* stream);
   void (*attention[3])(const CudaAttention&, void* stream);
+  void (*fp8_attention_operands[3])(const CudaFp8Operands&, void* stream);  // none of F32
+  void (*fp8_attention)(const CudaFp8Attention&, void* stream);
 };
 
 // Null where this library was built without CUDA.

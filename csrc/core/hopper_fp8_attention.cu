@@ -192,7 +192,7 @@ __device__ void make_keys(const OperandsCall& a, int index) {
 // Through shared memory: there a word is four keys of one column.
 template <class P>
 __device__ void make_values(const OperandsCall& a, int index) {
-  __shared__ __align__(16) uint32_t columns[P::kSize][kFp8Keys > 128 ? 64 : kFp8Keys / 4];
+  __shared__ __align__(16) uint32_t columns[P::kSize][kFp8Keys / 4];
   P part(a.kv_heads, a.key_blocks, index);
   part.read(a.value, keys_of(a, part.batch));
   const float most = part.largest();
@@ -230,12 +230,10 @@ __global__ void __launch_bounds__(P::kThreads) make_operands(const __grid_consta
 
 // ---- Attention.
 
-// Sizes, and what follows from them. kRough: of four exponentials, how many are no more exact than 8-bit floats need.
-template <int kSize_, int kStages_, int kRough_, bool kTurns_ = true>
+// Sizes, and what follows from them.
+template <int kSize_>
 struct Form {
-  static constexpr bool kTurns = kTurns_;
-  static constexpr int kValueLine = kFp8Keys % 128 ? 64 : 128;  // keys of a swizzled line of values
-  static constexpr int kSize = kSize_, kStages = kStages_, kRough = kRough_, kKeys = kFp8Keys;
+  static constexpr int kSize = kSize_, kKeys = kFp8Keys, kStages = 4;
   static constexpr int kRun = kGroups * kRows, kConsumers = kGroups * 128, kThreads = kConsumers + 128;
   static constexpr int kFew = 40, kMany = 232;  // registers: of threads that load, and that multiply
   static constexpr int kPlaceBytes = kRows * kSize * 2;  // of queries, and then of their output
@@ -383,10 +381,7 @@ __device__ void load_tile(const Call& a, const Memory<F>& m, const Tile& tile, c
     copy_scales(m.scales(place.stage), a.block_scale + int64_t{kv} * a.key_blocks + n, m.key_full(place.stage));
     wait_for(m.value_empty(place.stage), place.round ^ 1);
     arrive_expecting(m.value_full(place.stage), F::kBlockBytes);
-#pragma unroll
-    for (int k = 0; k < F::kKeys; k += F::kValueLine)
-      copy_rows(m.value + place.stage * F::kBlockBytes + k * F::kSize, a.value, n * F::kKeys + k, 0, kv,
-                m.value_full(place.stage));
+    copy_rows(m.value + place.stage * F::kBlockBytes, a.value, n * F::kKeys, 0, kv, m.value_full(place.stage));
   }
 }
 
@@ -462,16 +457,18 @@ __device__ inline void multiply_keys(State<F>& s, uint32_t query, uint32_t key) 
 template <class F>
 __device__ inline void multiply_values(State<F>& s, uint32_t value) {
   wgmma_fence();
-  const uint64_t right = lines_descriptor<F::kValueLine>(value);
+  const uint64_t right = lines_descriptor<F::kKeys>(value);
 #pragma unroll
-  for (int k = 0; k < F::kKeys; k += 32)
-    wgmma_values<F::kSize>(s.out, s.weight + k / 8,
-                           right + (k / F::kValueLine * F::kValueLine * F::kSize + k % F::kValueLine >> 4));
+  for (int k = 0; k < F::kKeys / 32; ++k) wgmma_values<F::kSize>(s.out, s.weight + k * 4, right + k * 2);
   wgmma_commit();
 }
 
-// 2^x within -2 to +4 %, on the units for float32 and integers: the exponent and 14 bits of the mantissa are those of
-// x itself, once 512 more puts them there (Schraudolph 1999). Below 2^-127: 0.
+// Of four exponentials, how many are no more exact than the 8 bits that they become: the unit for exponentials has as
+// much to do as the tensor cores (16 a cycle), and is not kept as busy (benchmarks/README.md).
+constexpr int kRough = 2;
+
+// 2^x within -4 to +2 %, on the units for float32 and integers: exponent and mantissa are those of x itself, once 512
+// more puts them where a shift by 9 makes them a float's (Schraudolph 1999). Below 2^-127: 0.
 constexpr float kRoughBias = 512 + 127 - 0.0574f;  // less the mean of log2(1 + f) - f
 __device__ inline float rough_exp2_biased(float x) { return __uint_as_float(__float_as_uint(fmaxf(x, 512)) << 9); }
 
@@ -490,7 +487,7 @@ __device__ inline void exponentials(State<F>& s, const BlockScale& block, float 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float score = s.score[(j * 2 + i / 2) * 4 + half * 2 + i % 2];
-        w[i] = i < F::kRough ? rough_exp2_biased(fmaf(score, factor, rough_base)) : exp2_of(fmaf(score, factor, base));
+        w[i] = i < kRough ? rough_exp2_biased(fmaf(score, factor, rough_base)) : exp2_of(fmaf(score, factor, base));
         sum[i % 2] += w[i];
       }
       s.next[j / 2 * 4 + j % 2 * 2 + half] = pack_four(w[0], w[1], w[2], w[3]);
@@ -629,8 +626,8 @@ __device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, co
 template <class F>
 __device__ void attend_all(const Call& a, const Memory<F>& m) {
   const int group = threadIdx.x / 128, lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-  const auto await_turn = [&] { if (F::kTurns) asm volatile("bar.sync %0, 256;\n" ::"r"(kTurnBarrier + group) : "memory"); };
-  const auto end_turn = [&] { if (F::kTurns) asm volatile("bar.arrive %0, 256;\n" ::"r"(kTurnBarrier + 1 - group) : "memory"); };
+  const auto await_turn = [&] { asm volatile("bar.sync %0, 256;\n" ::"r"(kTurnBarrier + group) : "memory"); };
+  const auto end_turn = [&] { asm volatile("bar.arrive %0, 256;\n" ::"r"(kTurnBarrier + 1 - group) : "memory"); };
   const auto release = [&](uint32_t barrier) {
     if (lane == 0) arrive(barrier);
   };
@@ -783,7 +780,7 @@ void run(const CudaFp8Attention& a, int processors, void* stream) {
   c.key_blocks = blocks_of(a.keys);
   c.query = matrices_map(a.query, F::kSize, a.queries, a.batch * a.heads, F::kSize, kRows);
   c.key = matrices_map(a.key, F::kSize, a.keys, a.batch * a.kv_heads, F::kSize, F::kKeys);
-  c.value = matrices_map(a.value, int64_t{c.key_blocks} * F::kKeys, F::kSize, a.batch * a.kv_heads, F::kValueLine, F::kSize);
+  c.value = matrices_map(a.value, int64_t{c.key_blocks} * F::kKeys, F::kSize, a.batch * a.kv_heads, F::kKeys, F::kSize);
   c.query_scale = a.query_scale;
   c.block_scale = reinterpret_cast<const float4*>(a.block_scale);
   c.out = a.out.data;
@@ -843,7 +840,7 @@ template void hopper_fp8_attention_operands<bf16>(const CudaFp8Operands&, void*)
 template void hopper_fp8_attention_operands<f16>(const CudaFp8Operands&, void*);
 
 void hopper_fp8_attention(const CudaFp8Attention& a, int processors, void* stream) {
-  a.head_size == 64 ? run<Form<64, 4, 0>>(a, processors, stream) : run<Form<128, (kFp8Keys > 128 ? 3 : 4), 0>>(a, processors, stream);
+  a.head_size == 64 ? run<Form<64>>(a, processors, stream) : run<Form<128>>(a, processors, stream);
 }
 
 }  // namespace kpdeploy

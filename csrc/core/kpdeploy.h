@@ -93,6 +93,29 @@ int kpdeploy_packed_attention(const kpdeploy_context* context, const kpdeploy_te
                               const kpdeploy_tensor* value, const kpdeploy_tensor* offsets, int64_t heads,
                               int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out);
 
+/* What kpdeploy_fp8_attention takes, of query [B, Sq, heads*D], key and value [B, Sk, kv_heads*D], all bfloat16 or
+ * float16, D 64 or 128; lengths as above. On a GPU of compute capability 9.0 only. All outputs are dense.
+ *
+ * Queries and keys of each head are turned by one rotation times sqrt(D): signs, then the Hadamard transform. query8
+ * [B, heads, Sq, D] and key8 [B, kv_heads, Sk, D] are float8_e4m3fn; query_scale float32 [B, heads, Sq] is what 1 stands
+ * for in each row of query8. Keys come in N = ceil(Sk / 128) blocks of 128: block_scale float32 [B, kv_heads, N, 4] is
+ * what 1 stands for in its rows of key8, log2 of the same of its values, the inverse of that, and 0. value8
+ * [B, kv_heads, D, N * 128] is float8_e4m3fn, of values by columns; where the keys of each 16 lie in the order 0 1 8 9
+ * 2 3 10 11 4 5 12 13 6 7 14 15. Keys beyond the length are zeros. */
+int kpdeploy_fp8_attention_operands(const kpdeploy_context* context, const kpdeploy_tensor* query,
+                                    const kpdeploy_tensor* key, const kpdeploy_tensor* value,
+                                    const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
+                                    const kpdeploy_tensor* query8, const kpdeploy_tensor* key8,
+                                    const kpdeploy_tensor* value8, const kpdeploy_tensor* query_scale,
+                                    const kpdeploy_tensor* block_scale);
+
+/* kpdeploy_attention of these operands, with weights in 8 bits too: out [B, Sq, heads*D] is dense, bfloat16; or
+ * float8_e4m3fn, of the result over out_scale (float32, one element; NULL for bfloat16), saturated. scale is above 0. */
+int kpdeploy_fp8_attention(const kpdeploy_context* context, const kpdeploy_tensor* query8, const kpdeploy_tensor* key8,
+                           const kpdeploy_tensor* value8, const kpdeploy_tensor* query_scale,
+                           const kpdeploy_tensor* block_scale, const kpdeploy_tensor* lengths,
+                           const kpdeploy_tensor* out_scale, double scale, int causal, const kpdeploy_tensor* out);
+
 /* activation(x W^T + bias): x [..., K], weight [N, K], bias [N] or NULL, out [..., N]. */
 int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation,

@@ -2,6 +2,7 @@
 
 #include "device.cuh"
 #include "hopper_attention.h"
+#include "hopper_fp8_attention.h"
 #include "hopper_linear.h"
 
 namespace kpdeploy {
@@ -12,6 +13,17 @@ bool hopper_attention(const CudaAttention&, int, void*) {
 }
 template bool hopper_attention<bf16>(const CudaAttention&, int, void*);
 template bool hopper_attention<f16>(const CudaAttention&, int, void*);
+
+template <class T>
+void hopper_fp8_attention_operands(const CudaFp8Operands&, void*) {
+  refuse_unsupported("this library was built without code for compute capability 9.0 (KPDEPLOY_CUDA_CODE)");
+}
+template void hopper_fp8_attention_operands<bf16>(const CudaFp8Operands&, void*);
+template void hopper_fp8_attention_operands<f16>(const CudaFp8Operands&, void*);
+
+void hopper_fp8_attention(const CudaFp8Attention&, int, void*) {
+  refuse_unsupported("this library was built without code for compute capability 9.0 (KPDEPLOY_CUDA_CODE)");
+}
 
 template <class T>
 bool hopper_linear(const CudaLinear&, int, void*) {

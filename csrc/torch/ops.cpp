@@ -250,6 +250,43 @@ Tensor packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, 
   return out;
 }
 
+int64_t size_of(const Tensor& tensor, int dim) { return dim < tensor.dim() ? tensor.size(dim) : 0; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_attention_operands(Tensor query, Tensor key, Tensor value,
+                                                                          Optional lengths, int64_t heads,
+                                                                          int64_t kv_heads) {
+  make_dense(query, key, value);
+  constexpr int64_t kKeys = 128;
+  const int32_t f8 = aoti_torch_dtype_float8_e4m3fn(), f32 = aoti_torch_dtype_float32();
+  // Wrong ranks give sizes that the kernel refuses.
+  const int64_t batch = size_of(query, 0), queries = size_of(query, 1), keys = size_of(key, 1),
+                size = heads > 0 ? size_of(query, 2) / heads : 0, blocks = (keys + kKeys - 1) / kKeys,
+                of_queries = heads > 0 ? heads : 0, of_keys = kv_heads > 0 ? kv_heads : 0;
+  Tensor query8 = empty({batch, of_queries, queries, size}, query, f8),
+         key8 = empty({batch, of_keys, keys, size}, query, f8),
+         value8 = empty({batch, of_keys, size, blocks * kKeys}, query, f8),
+         query_scale = empty({batch, of_queries, queries}, query, f32),
+         block_scale = empty({batch, of_keys, blocks, 4}, query, f32);
+  const View q(query), k(key), v(value), q8(query8), k8(key8), v8(value8), qs(query_scale), bs(block_scale);
+  const OptionalView l(lengths);
+  run(q, [&](const kpdeploy_context* c) {
+    return kpdeploy_fp8_attention_operands(c, q, k, v, l, heads, kv_heads, q8, k8, v8, qs, bs);
+  });
+  return {query8, key8, value8, query_scale, block_scale};
+}
+
+Tensor fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale, Optional lengths,
+                     Optional out_scale, double scale, bool causal) {
+  const int32_t dtype = out_scale ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_bfloat16();
+  Tensor out = empty({size_of(query8, 0), size_of(query8, 2), size_of(query8, 1) * size_of(query8, 3)}, query8, dtype);
+  const View q(query8), k(key8), v(value8), qs(query_scale), bs(block_scale), o(out);
+  const OptionalView l(lengths), os(out_scale);
+  run(q, [&](const kpdeploy_context* c) {
+    return kpdeploy_fp8_attention(c, q, k, v, qs, bs, l, os, scale, causal, o);
+  });
+  return out;
+}
+
 // oneDNN, as torch carries it: the C function that AOTInductor's artifacts call, declared here because its header is
 // not among the stable ones. Looked up when first used; a torch without oneDNN lacks it, and our own kernel runs.
 using OneDnnLinear = AOTITorchError(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
@@ -456,6 +493,14 @@ const Op kOps[] = {
      "packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, int heads, int kv_heads, float scale, "
      "bool causal) -> Tensor",
      TORCH_BOX(&packed_attention)},
+    {"fp8_attention_operands",
+     "fp8_attention_operands(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads) -> "
+     "(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale)",
+     TORCH_BOX(&fp8_attention_operands)},
+    {"fp8_attention",
+     "fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale, Tensor? lengths, "
+     "Tensor? out_scale, float scale, bool causal) -> Tensor",
+     TORCH_BOX(&fp8_attention)},
     {"linear_activation", "linear_activation(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
      TORCH_BOX(&linear_activation)},
     {"fp8_linear_activation",

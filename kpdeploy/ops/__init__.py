@@ -15,6 +15,8 @@ from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
 from kpdeploy.ops.attention import ATTENTION
 from kpdeploy.ops.fp8_add_layer_norm import FP8_ADD_LAYER_NORM
 from kpdeploy.ops.fp8_add_rms_norm import FP8_ADD_RMS_NORM
+from kpdeploy.ops.fp8_attention import FP8_ATTENTION
+from kpdeploy.ops.fp8_attention_operands import FP8_ATTENTION_OPERANDS
 from kpdeploy.ops.fp8_gated_linear import FP8_GATED_LINEAR
 from kpdeploy.ops.fp8_layer_norm import FP8_LAYER_NORM
 from kpdeploy.ops.fp8_linear_activation import FP8_LINEAR_ACTIVATION
@@ -52,6 +54,8 @@ GPU_OPS: dict[str, Op] = {
         FP8_RMS_NORM,
         FP8_ADD_LAYER_NORM,
         FP8_ADD_RMS_NORM,
+        FP8_ATTENTION_OPERANDS,
+        FP8_ATTENTION,
     )
 }
 """Ops in torch for GPUs alone: no CPU kernel, no ONNX form, and no rewrite that makes them."""
