@@ -12,6 +12,7 @@ constexpr int64_t kMost = 1 << 30;  // that 32 bits count, with room
 int64_t blocks_of(int64_t keys) { return (keys + kFp8Keys - 1) / kFp8Keys; }
 
 bool is_dense(const Tensor& t) {
+  if (t.numel() == 0) return true;
   int64_t stride = 1;
   for (int i = t.rank - 1; i >= 0; stride *= t.size(i--))
     if (t.size(i) > 1 && t.stride(i) != stride) return false;

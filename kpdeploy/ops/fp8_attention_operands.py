@@ -37,12 +37,14 @@ def turned(heads: Tensor) -> Tensor:
     column = torch.arange(size)
     ones = (column[:, None] & column)[..., None] >> torch.arange(7) & 1
     matrix = (1 - 2 * (ones.sum(-1) % 2)).to(heads)
-    return (heads * torch.tensor(signs).to(heads)) @ matrix
+    result: Tensor = (heads * torch.tensor(signs).to(heads)) @ matrix
+    return result
 
 
 def in_order(blocks: Tensor) -> Tensor:
     """[..., n * 16]: the keys of each 16 as they lie in value8."""
-    return blocks.unflatten(-1, (-1, 16))[..., list(ORDER)].flatten(-2)
+    ordered: Tensor = blocks.unflatten(-1, (-1, 16))[..., list(ORDER)].flatten(-2)
+    return ordered
 
 
 def reference(
@@ -67,10 +69,12 @@ def reference(
     counted = (torch.arange(keys, device=key.device) < count[:, None])[:, None, :, None]
 
     def split(tensor: Tensor, of: int) -> Tensor:
-        return tensor.double().unflatten(-1, (of, -1)).transpose(1, 2)
+        per_head: Tensor = tensor.double().unflatten(-1, (of, -1)).transpose(1, 2)
+        return per_head
 
     def in_8_bits(wide: Tensor) -> Tensor:
-        return wide.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).contiguous()
+        eight: Tensor = wide.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+        return eight.contiguous()
 
     q = turned(split(query, heads))
     k, v = (split(t, kv_heads).masked_fill(~counted, 0) for t in (key, value))

@@ -285,6 +285,89 @@ def choose(gpu: None, torch_library: str) -> Choose:
     return chosen
 
 
+FP8_ATTENTIONS = ((1, 128, 128, 1, 1, 128), (2, 200, 333, 4, 2, 128), (1, 65, 1, 1, 1, 128), (3, 515, 770, 6, 2, 128),
+                  (2, 1, 500, 4, 1, 128), (5, 129, 200, 2, 1, 64), (3, 600, 600, 4, 4, 64),
+                  (2, 500, 90, 3, 3, 128))  # fmt: skip
+"""Batch, queries, keys, heads, heads of keys, size: tails of blocks and runs, more and fewer runs than
+multiprocessors."""
+
+
+def fp8_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Arguments, torch.Tensor]:
+    """Query, key and value, slices of one tensor where they can be; and lengths."""
+    batch, queries, keys, heads, kv_heads, size = shape
+    query = torch.randn(batch, queries, (heads + 1) * size)[:, :, :-size]
+    key, value = torch.randn(batch, keys, 2 * kv_heads * size).chunk(2, dim=-1)
+    return to_dtype((query, key, value), dtype), torch.randint(0, keys + 1, (2 * batch,))[::2]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", FP8_ATTENTIONS, ids=str)
+def test_operands_of_attention_in_8_bits_give_the_reference(shape: tuple[int, ...], dtype: str, hopper: None) -> None:
+    inputs, lengths = fp8_inputs(shape, DTYPES[dtype])
+    op, kinds = GPU_OPS["fp8_attention_operands"], 3 * [torch.float8_e4m3fn] + 2 * [torch.float32]
+    for some in (None, lengths):
+        outs = through_torch(op, (*inputs, some, *shape[3:5]))
+        refs = op.reference(*inputs, some, *shape[3:5])
+        assert [out.dtype for out in outs] == kinds
+        # Float32 and float64 differ where two 8-bit floats are as near.
+        for out, ref, most in zip(outs, refs, (5e-3, 5e-3, 5e-3, 1e-6, 1e-6), strict=True):
+            assert error(out.double(), ref.double()) <= most
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("shape", FP8_ATTENTIONS, ids=str)
+def test_attention_in_8_bits_is_near_that_of_the_inputs(shape: tuple[int, ...], causal: bool, hopper: None) -> None:
+    (query, key, value), lengths = fp8_inputs(shape, torch.bfloat16)
+    heads, size, ops = shape[3:5], shape[5], torch.ops.kpdeploy
+    for some in (None, lengths):
+        arguments = (query, key, value, some, *heads, size**-0.5, causal)
+        (ref,) = expected(OPS["attention"], arguments)
+        moved = on_gpu(arguments)
+        with outputs_poisoned():
+            operands = ops.fp8_attention_operands(*moved[:4], *heads)
+            out = ops.fp8_attention(*operands, moved[3], None, size**-0.5, causal)
+            scale = torch.full((1,), 0.01, device="cuda")
+            eight = ops.fp8_attention(*operands, moved[3], scale, size**-0.5, causal)
+        assert (out.dtype, eight.dtype) == (torch.bfloat16, torch.float8_e4m3fn)
+        assert error(out.cpu(), ref) <= 0.1
+        assert error(eight.double().cpu() * 0.01, ref) <= 0.12
+
+
+def test_keys_beyond_the_length_are_not_read_in_8_bits(hopper: None) -> None:
+    (query, key, value), _ = fp8_inputs((2, 200, 333, 4, 2, 128), torch.bfloat16)
+    query, key, value, lengths = on_gpu((query, key, value, torch.tensor([333, 11])))
+    ops = torch.ops.kpdeploy
+
+    def attended(lengths: torch.Tensor) -> torch.Tensor:
+        operands = ops.fp8_attention_operands(query, key, value, lengths, 4, 2)
+        out: torch.Tensor = ops.fp8_attention(*operands, lengths, None, 0.1, False)
+        return out
+
+    clean = attended(lengths)
+    key[1, 11:] = torch.nan
+    value[1, 11:] = torch.nan
+    assert torch.equal(attended(lengths), clean)
+    out = attended(torch.tensor([333, 334], device="cuda"))
+    assert out[1].isnan().all()
+    assert torch.equal(out[0], clean[0])
+    key[1, 7] = torch.nan
+    assert attended(lengths)[1].isnan().all()
+
+
+def test_attention_in_8_bits_that_cannot_be_is_one_clear_error(hopper: None) -> None:
+    ops = torch.ops.kpdeploy
+    x = torch.randn(2, 40, 256, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="heads of 32: 8-bit floats are for heads of 64 and 128"):
+        ops.fp8_attention_operands(x, x, x, None, 8, 8)
+    with pytest.raises(RuntimeError, match="query is float32, not bfloat16"):
+        ops.fp8_attention_operands(x.float(), x, x, None, 2, 2)
+    operands = ops.fp8_attention_operands(x, x, x, None, 2, 2)
+    with pytest.raises(RuntimeError, match="scale is 0, not above 0"):
+        ops.fp8_attention(*operands, None, None, 0.0, False)
+    with pytest.raises(RuntimeError, match=r"query_scale is \[1, 2, 40\], not \[2, 2, 40\]"):
+        ops.fp8_attention(*operands[:3], operands[3][:1], operands[4], None, None, 0.1, False)
+
+
 @pytest.mark.parametrize("provider", ["kpdeploy", "cublaslt"])
 def test_either_provider_of_a_product_gives_the_reference(provider: str, choose: Choose) -> None:
     for dtype in DTYPES:

@@ -66,8 +66,12 @@ def calls_of_8_bits() -> dict[str, tuple[Any, ...]]:
     """A call of each op that is for GPUs alone, with tensors of the CPU."""
     x, one = torch.randn(3, 5, 32), torch.tensor([0.5])
     x8, w8 = x.to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
+    q = torch.randn(2, 200, 128).bfloat16()
+    operands = GPU_OPS["fp8_attention_operands"].reference(q, q[:, :, :64], q[:, :, :64], None, 2, 1)
     return {
         "fp8_quantize": (x, one),
+        "fp8_attention_operands": (q, q[:, :, :64], q[:, :, :64], torch.tensor([200, 3]), 2, 1),
+        "fp8_attention": (*operands, torch.tensor([200, 3]), one, 0.125, True),
         "fp8_linear_activation": (x8, w8, one, one, None, one, "gelu"),
         "fp8_gated_linear": (x8, w8, w8, one, one, one, None),
         "fp8_layer_norm": (x, x[0, 0], None, 1e-5, one),
@@ -84,7 +88,7 @@ def test_an_op_for_gpus_has_a_reference_like_its_fake_and_refuses_the_cpu(name: 
     for out, fake in zip(*(v if isinstance(v, tuple) else (v,) for v in (outs, fakes)), strict=True):
         assert (out.shape, out.dtype, out.is_contiguous()) == (fake.shape, fake.dtype, True)
         assert out.float().isfinite().all()
-    with pytest.raises(RuntimeError, match="x is on the CPU, and this op has kernels for GPUs"):
+    with pytest.raises(RuntimeError, match=r"(x|query|query8) is on the CPU, and this op has kernels for GPUs"):
         op_of(name)(*arguments)
 
 
