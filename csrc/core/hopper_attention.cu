@@ -67,22 +67,6 @@ __device__ inline uint64_t values_descriptor(uint32_t address, int line_bytes) {
   return (address & 0x3ffff) >> 4 | uint64_t(line_bytes >> 4) << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
-
-template <class T>
-__device__ inline uint32_t pack_pair(float low, float high) {
-  uint32_t v;
-  if constexpr (std::is_same_v<T, bf16>)
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(high), "f"(low));
-  return v;
-}
-
 // From shared memory of block `rank` of the cluster, at this address.
 __device__ inline float4 load_from(uint32_t address, int rank) {
   float4 v;
@@ -93,15 +77,6 @@ __device__ inline float4 load_from(uint32_t address, int rank) {
       : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
       : "r"(address), "r"(rank)
       : "memory");
-  return v;
-}
-
-__device__ inline uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
   return v;
 }
 
@@ -272,18 +247,6 @@ __device__ inline Tile tile_from(uint32_t from) {
                : "memory");
   return t;
 }
-
-// A place in a ring, and the parity of how often it went round.
-template <int kStages>
-struct Place {
-  int stage = 0, round = 0;
-  __device__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
-};
 
 // The tiles of a block, by a whole warp: every gridDim.x-th, to and fro. Where lengths differ, long sequences come
 // before short ones, so that the blocks of threads get about equal work.

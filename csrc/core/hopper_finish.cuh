@@ -51,12 +51,6 @@ inline Finish finish_of(const CudaLinear& a) {
   return f;
 }
 
-__device__ inline float exp2_of(float v) {
-  float e;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(e) : "f"(v));
-  return e;
-}
-
 __device__ inline float inverse_of(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(r) : "f"(v));

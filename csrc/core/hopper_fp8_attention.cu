@@ -1,14 +1,14 @@
 // fp8_attention_operands and fp8_attention for compute capability 9.0, heads of 64 and 128.
 //
 // The operands: a pass over query, key and value that turns queries and keys by one rotation (signs, then a Hadamard
-// transform of each head, which leaves their products as they are and spreads outliers over all columns: QuaRot, Ashkboos
-// et al. 2024; FlashAttention-3, Shah et al. 2024), finds scales, and lays values out as the tensor cores take 8-bit
-// floats: by columns, the keys of each 16 in the order in which a thread holds their weights.
+// transform of each head, which leaves their products as they are and spreads outliers over all columns: QuaRot,
+// Ashkboos et al. 2024; FlashAttention-3, Shah et al. 2024), finds scales, and lays values out as the tensor cores take
+// 8-bit floats: by columns, the keys of each 16 in the order in which a thread holds their weights.
 //
-// The attention: blocks of threads that stay, one warp that loads, two warpgroups of 64 queries that issue their products
-// in turns, as in hopper_attention.cu. Weights become 8-bit floats in the registers where the scores were. Scales cost
-// nothing: a query's and a block's of keys are part of the exponent's factor, a block's of values is added to the
-// exponent, and taken out of the sum of its weights.
+// The attention: blocks of threads that stay, one warp that loads, two warpgroups of 64 queries that issue their
+// products in turns, as in hopper_attention.cu. Weights become 8-bit floats in the registers where the scores were.
+// Scales cost nothing: a query's and a block's of keys are part of the exponent's factor, a block's of values is added
+// to the exponent, and taken out of the sum of its weights.
 
 #include "hopper_fp8_attention.h"
 
@@ -29,12 +29,6 @@ constexpr float kLog2E = 1.44269504f;   // e^x = 2^(x log2 e)
 constexpr float kLeast = 0x1p-55f;      // of scales of queries and keys: a product of two is a number
 constexpr float kNothing = 0x1p-100f;   // the scale of values that are all 0: their weights become small beside others
 constexpr uint64_t kSigns = 0x9e3779b97f4a7c15, kMoreSigns = 0xbf58476d1ce4e5b9;  // of columns: splitmix64's numbers
-
-__device__ inline float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Four 8-bit floats, saturated, the first in the lowest byte.
 __device__ inline uint32_t pack_four(float a, float b, float c, float d) {
@@ -179,7 +173,8 @@ __device__ void make_keys(const OperandsCall& a, int index) {
   P part(a.kv_heads, a.key_blocks, index);
   part.read(a.key, keys_of(a, part.batch));
   part.turn();
-  const float scale = __uint_as_float(max(__float_as_uint(part.largest()), __float_as_uint(kLeast * kLargest))) / kLargest;
+  const uint32_t most = max(__float_as_uint(part.largest()), __float_as_uint(kLeast * kLargest));
+  const float scale = __uint_as_float(most) / kLargest;
   if (threadIdx.x == 0) reinterpret_cast<float*>(a.block_scale + index)[0] = scale;
 #pragma unroll
   for (int r = 0; r < 4; ++r) {
@@ -307,15 +302,6 @@ struct Memory {
   __device__ uint32_t scales(int i) const { return barriers + F::kScales + i * 16; }
 };
 
-__device__ inline uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address)
-               : "memory");
-  return v;
-}
-
 __device__ inline void put_tile(uint32_t to, const Tile& t) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(t.batch), "r"(t.head), "r"(t.first),
                "r"(t.seen)
@@ -350,18 +336,6 @@ __device__ inline void copy_scales(uint32_t to, const float4* from, uint32_t bar
                "l"(from), "r"(barrier)
                : "memory");
 }
-
-// A place in a ring, and the parity of how often it went round.
-template <int kStages>
-struct Place {
-  int stage = 0, round = 0;
-  __device__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
-};
 
 template <class F>
 __device__ void load_tile(const Call& a, const Memory<F>& m, const Tile& tile, const Place<2>& own,
@@ -558,12 +532,6 @@ __device__ inline void shrink_out(State<F>& s) {
 
 enum { kTurnBarrier = 1 };  // ids of named barriers: one a warpgroup
 
-__device__ inline uint32_t pack_pair(float low, float high) {
-  uint32_t v;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(v) : "f"(high), "f"(low));
-  return v;
-}
-
 // Divides by the sums of the weights, and stores the rows of this warp: through shared memory, where its own queries
 // were, so that whole lines go out.
 template <class F>
@@ -602,8 +570,10 @@ __device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, co
     for (int j = 0; j < F::kSize / 8; j += 2) {
       const int unit = (j + lane / 16) % 8;
       store_matrices(place + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
-                     pack_pair(s.out[j * 4], s.out[j * 4 + 1]), pack_pair(s.out[j * 4 + 2], s.out[j * 4 + 3]),
-                     pack_pair(s.out[j * 4 + 4], s.out[j * 4 + 5]), pack_pair(s.out[j * 4 + 6], s.out[j * 4 + 7]));
+                     pack_pair<bf16>(s.out[j * 4], s.out[j * 4 + 1]),
+                     pack_pair<bf16>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
+                     pack_pair<bf16>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
+                     pack_pair<bf16>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
     }
     __syncwarp();
     bf16* const to = static_cast<bf16*>(a.out) + at;

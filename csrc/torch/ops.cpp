@@ -275,8 +275,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fp8_attention_operands(Tensor
   return {query8, key8, value8, query_scale, block_scale};
 }
 
-Tensor fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale, Optional lengths,
-                     Optional out_scale, double scale, bool causal) {
+Tensor fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale,
+                     Optional lengths, Optional out_scale, double scale, bool causal) {
   const int32_t dtype = out_scale ? aoti_torch_dtype_float8_e4m3fn() : aoti_torch_dtype_bfloat16();
   Tensor out = empty({size_of(query8, 0), size_of(query8, 2), size_of(query8, 1) * size_of(query8, 3)}, query8, dtype);
   const View q(query8), k(key8), v(value8), qs(query_scale), bs(block_scale), o(out);
@@ -498,8 +498,8 @@ const Op kOps[] = {
      "(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale)",
      TORCH_BOX(&fp8_attention_operands)},
     {"fp8_attention",
-     "fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale, Tensor? lengths, "
-     "Tensor? out_scale, float scale, bool causal) -> Tensor",
+     "fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale, "
+     "Tensor? lengths, Tensor? out_scale, float scale, bool causal) -> Tensor",
      TORCH_BOX(&fp8_attention)},
     {"linear_activation", "linear_activation(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
      TORCH_BOX(&linear_activation)},
