@@ -42,7 +42,7 @@ from kpdeploy.ops import register
 from kpdeploy.ops.libraries import TORCH, find
 from kpdeploy.optimize import fuse
 from kpdeploy.optimize.lowered import lowered
-from kpdeploy.runtimes import cuda
+from kpdeploy.runtimes import buckets, cuda
 
 ROUNDS = 7
 REPLAYS = 20
@@ -278,10 +278,10 @@ def whole_us(graph: Any, arrays: Mapping[str, Any]) -> float:
 
 def replay_of(graph: Any, arrays: Mapping[str, Any]) -> Callable[[], Any]:
     """The replay of the graph in which a request runs: the request itself ran just before."""
-    sizes = cuda.sizes_of(list(arrays.values()), graph.described["inputs"])
+    sizes = buckets.sizes_of(list(arrays.values()), graph.described["inputs"])
     if graph.described["mask"] is not None:
         sizes["tokens"] = int(list(arrays.values())[graph.described["mask"]].sum())
-    index = cuda.smallest(graph.buckets, sizes, graph.padded)
+    index = buckets.smallest(graph.buckets, sizes, graph.padded)
     assert index is not None
     replay: Callable[[], Any] = graph.captured[index].graph.replay
     return replay

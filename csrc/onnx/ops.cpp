@@ -1,7 +1,8 @@
 // Registration of the ops in ONNX Runtime, domain com.kpdeploy, over the kernels' C ABI. Exports RegisterCustomOps only.
 //
 // Each op is registered for the CPU in float32 and bfloat16, and where this library was built with CUDA for the CUDA
-// provider, in float16 too. Weights that are constant are packed for the CPU when a session is made.
+// provider, in float16 too. Weights that are constant are packed for the CPU when a session is made; kernels on a GPU
+// may read them before the kernel ahead has ended.
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
@@ -162,6 +163,25 @@ class Packed {
   int64_t rows_ = 0;
 };
 
+// Of a product on a GPU: are its weights, the inputs from 1 on, initializers of the graph, which nobody writes?
+bool held_by_the_graph(const Ort::ConstKernelInfo& info, kpdeploy_device device) {
+  if (device == KPDEPLOY_CPU) return false;
+  int constant = 1;
+  for (size_t i = 1; i < info.GetInputCount() && constant; ++i) info.GetTensorConstantInput(i, &constant);
+  return constant;
+}
+
+// While it lives, weights of this thread's calls are constant, or not.
+class ConstantWeights {
+ public:
+  explicit ConstantWeights(bool constant) : before_(kpdeploy_set_constant_weights(constant)) {}
+  ConstantWeights(const ConstantWeights&) = delete;
+  ~ConstantWeights() { kpdeploy_set_constant_weights(before_); }
+
+ private:
+  int before_;
+};
+
 int64_t rows_of(const Packed& packed, const Run& run, size_t input) {
   if (packed) return packed.rows();
   return run.sizes(input).empty() ? 0 : run.sizes(input)[0];
@@ -205,13 +225,15 @@ struct LinearActivation {
   static constexpr int kOutputs = 1;
   LinearActivation(const Ort::ConstKernelInfo& info, kpdeploy_device device)
       : activation(kpdeploy_activation_of(info.GetAttribute<std::string>("activation").c_str())),
-        packed(info, 1, device) {
+        packed(info, 1, device),
+        constant(held_by_the_graph(info, device)) {
     if (activation < 0)
       throw Ort::Exception("com.kpdeploy:LinearActivation: activation is none of none, relu, gelu, gelu_tanh, silu",
                            ORT_INVALID_ARGUMENT);
   }
   void compute(Run& run) const {
     const kpdeploy_tensor* out = run.output(0, run.sizes_with_last(0, rows_of(packed, run, 1)));
+    const ConstantWeights weights(constant);
     run.call([&](const kpdeploy_context* c) {
       return packed ? kpdeploy_linear_activation_packed(c, run.input(0), packed.get(), run.input(2), activation, out)
                     : kpdeploy_linear_activation(c, run.input(0), run.input(1), run.input(2), activation, out);
@@ -219,21 +241,25 @@ struct LinearActivation {
   }
   int activation;
   Packed packed;
+  bool constant;
 };
 
 struct GatedLinear {
   static constexpr const char* kName = "GatedLinear";
   static constexpr const char* kInputs = "TTT";
   static constexpr int kOutputs = 1;
-  GatedLinear(const Ort::ConstKernelInfo& info, kpdeploy_device device) : gate(info, 1, device), up(info, 2, device) {}
+  GatedLinear(const Ort::ConstKernelInfo& info, kpdeploy_device device)
+      : gate(info, 1, device), up(info, 2, device), constant(held_by_the_graph(info, device)) {}
   void compute(Run& run) const {
     const kpdeploy_tensor* out = run.output(0, run.sizes_with_last(0, rows_of(up, run, 2)));
+    const ConstantWeights weights(constant);
     run.call([&](const kpdeploy_context* c) {
       return gate && up ? kpdeploy_gated_linear_packed(c, run.input(0), gate.get(), up.get(), out)
                         : kpdeploy_gated_linear(c, run.input(0), run.input(1), run.input(2), out);
     });
   }
   Packed gate, up;
+  bool constant;
 };
 
 struct LayerNorm {

@@ -27,6 +27,11 @@ class Lowering:
     missing: str = ""
 
     @property
+    def on_gpu(self) -> bool:
+        """Is it made and proven by kpdeploy.pipeline.graphs?"""
+        return self.format == "cuda" or self.settings.get("device") == "cuda"
+
+    @property
     def what(self) -> str:
         return f"level {self.level} ({self.precision})"
 

@@ -1,4 +1,5 @@
-"""NVIDIA GPUs: fused ops in CUDA graphs, in float32, float16 or bf16, and fp8 where the tensor cores take it."""
+"""NVIDIA GPUs: fused ops in CUDA graphs, in float32, float16 or bf16, and fp8 where the tensor cores take it; by torch,
+and all but fp8 by ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -24,22 +25,35 @@ def lowerings(hardware: Hardware) -> tuple[Lowering, ...]:
         else f"{gpu.name} has compute capability {gpu.capability}, the 8-bit kernels are for 9.0"
     )
     ways = ((1, "float32", ""), (2, "float16", ""), (2, "bfloat16", ""), (3, "fp8", no_fp8))
-    lacks = _lacks(gpu.name)
-    return tuple(
-        Lowering(
-            level=level, precision=precision, format=FORMAT, settings={"precision": precision}, missing=lacks or why
-        )
-        for level, precision, why in ways
+    lacks, lacks_onnx = _lacks(gpu.name, "torch with CUDA"), _lacks(gpu.name, "ONNX Runtime with CUDA")
+    return (
+        *(
+            Lowering(
+                level=level, precision=precision, format=FORMAT, settings={"precision": precision}, missing=lacks or why
+            )
+            for level, precision, why in ways
+        ),
+        *(
+            Lowering(
+                level=level,
+                precision=precision,
+                format="onnx",
+                settings={"device": "cuda", "precision": precision},
+                missing=lacks_onnx,
+            )
+            for level, precision, _ in ways
+            if precision != "fp8"
+        ),
     )
 
 
-def _lacks(gpu: str) -> str:
-    """What keeps torch and our kernels from a GPU that is there."""
+def _lacks(gpu: str, runtime: str) -> str:
+    """What keeps a runtime and our kernels from a GPU that is there."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed"
     from kpdeploy.decision import Skipped
     from kpdeploy.ops.providers import here
 
-    found = [here()[name] for name in ("torch with CUDA", "CUDA kernels")]
+    found = [here()[name] for name in (runtime, "CUDA kernels")]
     reasons = [decision.reason for decision in found if isinstance(decision, Skipped)]
     return f"{gpu} lies idle: {'; '.join(reasons)}" if reasons else ""

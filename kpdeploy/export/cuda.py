@@ -33,11 +33,12 @@ dropped: what a bucket holds more than a request is computed for nothing."""
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """How a program is made: `precision` is float32, float16, bfloat16 or fp8; `dropped`: without padding; `padded`:
-    the axes along which a request may be filled up with zeros to fit a bucket."""
+    the axes along which a request may be filled up with zeros to fit a bucket; `graphs`: False: none are captured."""
 
     precision: str = "float32"
     dropped: bool = False
     padded: tuple[str, ...] = ()
+    graphs: bool = True
 
 
 def export(
@@ -96,6 +97,7 @@ def described(signature: Signature, form: Form, device: str) -> dict[str, Any]:
         "inputs": [spec.shape for spec in signature.inputs],
         "outputs": [spec.shape for spec in signature.outputs],
         "dtypes": [spec.dtype for spec in signature.inputs] + ["int64"] * (3 if form.dropped else 0),
+        "output_dtypes": [spec.dtype for spec in signature.outputs],
         "padded": form.padded,
         "mask": kinds.index("prefix_mask") if form.dropped else None,
         "buckets": buckets(signature, dropped=form.dropped),
@@ -126,7 +128,9 @@ def _token_counts(point: Point, lead: str) -> list[int]:
 
 
 def form_of(folder: Path) -> Form:
-    """The form of what `export` wrote there, but for its precision."""
+    """The form of what is in a folder, but for its precision."""
+    if not (folder / GRAPHS).is_file():
+        return Form(graphs=False)
     described = json.loads((folder / GRAPHS).read_text())
     return Form(dropped=described["mask"] is not None, padded=tuple(described["padded"]))
 

@@ -22,38 +22,43 @@ INLINE_BYTES = 16_000_000
 to write and to read, and cannot be mapped into memory."""
 
 
-def export(capture: Capture, folder: Path) -> None:
-    """Write model.onnx (and model.onnx.data for large weights) into `folder`."""
-    if capture.model.kind == "onnx":
+def export(capture: Capture, folder: Path, program: torch.export.ExportedProgram | None = None) -> None:
+    """Write model.onnx (and model.onnx.data for large weights) into `folder`: of `program`, a rewritten form of the
+    capture's, or of the capture as it is.
+
+    Raises:
+        ExportFailed: the exporter refused, or an ONNX file keeps its weights elsewhere.
+    """
+    if program is None and capture.model.kind == "onnx":
         assert capture.model.path is not None
         _copy(capture.model.path, folder)
         return
     target = folder / "model.onnx"
-    if "onnx_file" in capture.__dict__:
+    if program is None and "onnx_file" in capture.__dict__:
         for file in capture.onnx_file.parent.iterdir():
             (folder / file.name).hardlink_to(file)
         return
     from kpdeploy.export.capture import quiet, reason
 
     try:
-        with quiet(), _laid_out(capture.widened) as source:
+        with quiet(), _laid_out(program or capture.widened) as source:
             import torch
 
-            program = torch.onnx.export(
+            made = torch.onnx.export(
                 source,
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table=dict(custom_ops.translations()),
                 verbose=False,
             )
-        assert program is not None
-        custom_ops.define(program.model)
-        _attend_nothing_where_all_is_masked(program.model.graph)
-        _name_tensors(program.model, capture)
-        _forget_sources(program.model.graph)
-        weights = [v.const_value for v in program.model.graph.initializers.values() if v.const_value is not None]
+        assert made is not None
+        custom_ops.define(made.model)
+        _attend_nothing_where_all_is_masked(made.model.graph)
+        _name_tensors(made.model, capture)
+        _forget_sources(made.model.graph)
+        weights = [v.const_value for v in made.model.graph.initializers.values() if v.const_value is not None]
         large = sum(tensor.nbytes for tensor in weights) > INLINE_BYTES
-        program.save(str(target), external_data=large)
+        made.save(str(target), external_data=large)
     except ExportFailed:
         raise
     except Exception as error:

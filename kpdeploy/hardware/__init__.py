@@ -38,8 +38,8 @@ ISA = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", 
 """The instruction sets that decide how fast a model runs, as /proc/cpuinfo spells them."""
 
 PACKAGES = (
-    "torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "transformers", "safetensors", "timm", "numpy",
-    "tritonclient", "matplotlib",
+    "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "openvino", "nncf", "transformers", "safetensors",
+    "timm", "numpy", "tritonclient", "matplotlib",
 )  # fmt: skip
 
 
@@ -127,6 +127,8 @@ def packages() -> dict[str, str]:
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    if "onnxruntime-gpu" in found:  # the same module, by another name
+        found.setdefault("onnxruntime", found["onnxruntime-gpu"])
     return found
 
 

@@ -55,6 +55,10 @@ class Candidate:
         return bool(self.settings.get("op_libraries"))
 
     @property
+    def on_gpu(self) -> bool:
+        return self.format == "cuda" or self.settings.get("device") == "cuda"
+
+    @property
     def label(self) -> str:
         said = [f"{key} {value}" for key, value in self.settings.items() if key != "op_libraries"]
         said += ["fused ops"] if self.fused else []
@@ -319,7 +323,8 @@ def _prove_portable(
     Raises:
         ProofFailed: it does not run there, or gives other answers.
     """
-    bare = {key: value for key, value in artifact.settings.items() if key != "op_libraries"}
+    # Without graphs, too: standard operators may be on the CPU.
+    bare = {key: value for key, value in artifact.settings.items() if key not in ("op_libraries", "graphs")}
     libraries = ", ".join(artifact.settings["op_libraries"])
     smaller = sorted(asked, key=lambda q: sum(a.size for a in q.inputs.values()))[: max(3, len(asked) // 2)]
     with RuntimeProcess(artifact, bare) as process:
@@ -350,5 +355,5 @@ def fastest(candidates: Sequence[Candidate], format: str, asked: Sequence[Questi
 
 def told_of(fused: Mapping[str, Fusion], chosen: Candidate) -> tuple[Decision, ...]:
     """What the fused form of the chosen format holds; of the first format where that one has none."""
-    fusion = fused.get(chosen.format) or next(iter(fused.values()), None)
+    fusion = fused.get("cuda" if chosen.on_gpu else chosen.format) or next(iter(fused.values()), None)
     return fusion.decisions if fusion is not None else ()

@@ -165,7 +165,11 @@ def export(
         tolerances, told = _fitting(tolerances, settled, given=tolerance)
         capture = Capture(settled, work)
         wanted = formats_of(target, format)
-        fused = {} if fuse == "never" else fuse_for(capture, wanted, progress, must=fuse == "always")
+        fusing = list(wanted)
+        if any(way.on_gpu and not way.missing for rung in rungs for way in rung) and format == "onnx":
+            # What is for a GPU fuses the same in each format.
+            fusing += formats_of(target, "cuda")
+        fused = {} if fuse == "never" else fuse_for(capture, fusing, progress, must=fuse == "always")
         candidates = try_formats(capture, fused, wanted, asked + real, tolerances, progress, plain=fuse != "always")
         fusion = fused.get("cuda", Fusion(()))
         on_gpu = OnGpu(capture, fusion, samples, budget.as_error, progress)

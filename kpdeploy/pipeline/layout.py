@@ -88,7 +88,7 @@ def lay_out(
             plan = plan_memory(chosen.artifact, signature, rows=rows)
             plan = plan.of(rows=plan.rows, instances=max(1, min(most, memory_bytes() // plan.instance_bytes())))
     tuning = None
-    if wanted.load and chosen.format == "cuda":
+    if wanted.load and chosen.on_gpu:
         told.append(Skipped(what=f"tuning for {wanted.load}", reason="its work is the GPU's, not that of threads here"))
     elif wanted.load:
         assert chosen.artifact is not None

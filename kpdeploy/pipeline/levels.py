@@ -85,6 +85,8 @@ def _reachable(way: Lowering, target: str, format: str) -> Lowering:
     """The same way, or what rules it out."""
     if way.missing:
         return way
+    if way.on_gpu and "cuda" not in TARGETS[target].formats:
+        return replace(way, missing=f"{target} runs models on the CPU here")
     if way.format not in TARGETS[target].formats:
         return replace(way, missing=f"it needs the format {way.format}, which {target} does not serve")
     if format not in ("auto", way.format):
@@ -163,7 +165,7 @@ class Lower:
     in_bf16: FusedInBf16 | None = None
 
     def candidate(self, way: Lowering, known: Sequence[Candidate]) -> Candidate:
-        if self.on_gpu is not None and way.format == "cuda" and not way.missing:
+        if self.on_gpu is not None and way.on_gpu and not way.missing:
             return self.on_gpu.candidate(way, known, partial(self._proven, way))
         if self.in_bf16 is not None and way.fused and not way.missing:
             return self.in_bf16.candidate(way, partial(self._proven, way))

@@ -27,6 +27,10 @@ PACKAGES = {
 """The packages that each runtime needs beside NumPy."""
 
 
+GPU_PACKAGES = {"onnx": ("onnxruntime-gpu[cuda,cudnn]", "nvidia-cublas")}
+"""Those of a runtime that need others where it runs on a GPU."""
+
+
 def source(runtime: str) -> Path:
-    """The file of a runtime, or of `ragged`, to be run or copied."""
+    """The file of a runtime, or of `ragged` or `buckets`, to be run or copied."""
     return Path(__file__).with_name(f"{runtime}.py")

@@ -5,6 +5,7 @@ bucket holds runs without a graph, and `run.missed` counts it. `graphs.json` bes
 
     device    "cuda"; "cpu" runs the same buckets without graphs, for tests
     inputs, outputs    the shape of each, with the names of its dynamic axes: ["batch", "seq"]
+    dtypes, output_dtypes    of the inputs and the outputs
     padded    the axes that zeros may fill up: those of a bucket that are not among them must be equal
     mask      the index of the input that tells tokens from padding, of a program that drops padding; null: it does not.
               Such a program takes three inputs more: the places of the tokens in the batch, the same with one behind
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import threading
@@ -35,6 +37,19 @@ Sizes = Mapping[str, int]
 
 ALIGNED = 256
 """Bytes: each input begins at a multiple, as the allocator's own memory does."""
+
+
+def _beside(name: str) -> Any:
+    """A module of this file's own folder, whatever else goes by that name."""
+    spec = importlib.util.spec_from_file_location(f"kpdeploy_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tools = _beside("buckets")
 
 
 def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: dict[str, Any]) -> Graphs:
@@ -90,26 +105,6 @@ def memory() -> list[dict[str, Any]]:
     return [{"what": what, "bytes": count, "device": name} for what, count in parts.items()]
 
 
-def sizes_of(arrays: Arrays, shapes: Sequence[Sequence[int | str]]) -> dict[str, int]:
-    """The sizes of the dynamic axes in a request."""
-    pairs = ((d, n) for a, shape in zip(arrays, shapes, strict=True) for d, n in zip(shape, a.shape, strict=True))
-    return {axis: int(size) for axis, size in pairs if isinstance(axis, str)}
-
-
-def smallest(buckets: Sequence[Sizes], sizes: Sizes, padded: Sequence[str]) -> int | None:
-    """The index of the bucket with the least to compute that holds these sizes; None where none does."""
-
-    def holds(bucket: Sizes) -> bool:
-        return all(bucket[a] == n or (a in (*padded, "tokens") and bucket[a] > n) for a, n in sizes.items())
-
-    def work(index: int) -> tuple[int, int]:
-        bucket = buckets[index]
-        whole = math.prod(n for axis, n in bucket.items() if axis != "tokens")
-        return bucket.get("tokens", whole), whole
-
-    return min((i for i, bucket in enumerate(buckets) if holds(bucket)), key=work, default=None)
-
-
 class Graphs:
     """The program and its graphs. Calls from several threads take turns."""
 
@@ -129,14 +124,12 @@ class Graphs:
         self.host = torch.zeros(largest, dtype=torch.uint8, pin_memory=self.on_gpu)
         self.memory = torch.zeros(largest, dtype=torch.uint8, device=self.device) if self.on_gpu else self.host
         with torch.inference_mode():
-            # From the largest on, so that the pool is as large as it must be at once.
-            order = sorted(self.buckets, key=lambda b: -math.prod(b.values()))
-            made = {id(bucket): _Bucket(self, bucket) for bucket in order}
-        self.captured = [made[id(bucket)] for bucket in self.buckets]
+            made = {index: _Bucket(self, self.buckets[index]) for index in tools.largest_first(self.buckets)}
+        self.captured = [made[index] for index in range(len(self.buckets))]
 
     def _shapes(self, bucket: Sizes) -> list[list[int]]:
         """The shapes of all of the program's inputs in a bucket."""
-        shapes = [[bucket[d] if isinstance(d, str) else d for d in shape] for shape in self.described["inputs"]]
+        shapes: list[list[int]] = [tools.shape_in(bucket, shape) for shape in self.described["inputs"]]
         if self.described["mask"] is not None:
             rows = shapes[self.described["mask"]][0]
             shapes += [[bucket["tokens"]], [bucket["tokens"]], [rows + 1]]
@@ -161,17 +154,14 @@ class Graphs:
     def __call__(self, arrays: Arrays) -> Arrays:
         with self.lock, torch.inference_mode():
             on_gpu = isinstance(arrays[0], torch.Tensor)
-            sizes = sizes_of(arrays, self.described["inputs"])
+            sizes = tools.sizes_of(arrays, self.described["inputs"])
             tokens = self._tokens(arrays)
             wanted = sizes if tokens is None else {**sizes, "tokens": len(tokens)}
-            index = smallest(self.buckets, wanted, self.padded)
+            index = tools.smallest(self.buckets, wanted, self.padded)
             if index is None:
                 return self._without_graph(arrays, tokens, on_gpu)
             results = self.captured[index].run(arrays, tokens)
-            cut = [
-                result[tuple(slice(sizes[d]) if d in sizes else slice(None) for d in shape)]
-                for result, shape in zip(results, self.described["outputs"], strict=True)
-            ]
+            cut = [tools.cut(r, shape, sizes) for r, shape in zip(results, self.described["outputs"], strict=True)]
             return [part.clone() for part in cut] if on_gpu else self._to_host(cut)
 
     def _tokens(self, arrays: Arrays) -> np.ndarray[Any, Any] | None:
@@ -192,22 +182,10 @@ class Graphs:
         self.missed += 1
         tensors = [a if on_gpu else torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays]
         if tokens is not None:
-            extra = packing(tokens, tensors[self.described["mask"]].shape, len(tokens))
+            extra = tools.packing(tokens, tensors[self.described["mask"]].shape, len(tokens))
             tensors += [torch.from_numpy(a).to(self.device) for a in extra]
         results = self.program(*tensors)
         return list(results) if on_gpu else self._to_host(results)
-
-
-def packing(places: np.ndarray[Any, Any], batch: Sequence[int], count: int) -> list[np.ndarray[Any, Any]]:
-    """The three inputs of a program that drops padding, int64: where each of `count` tokens comes from in a batch of
-    rows and columns, where it goes, and where the tokens of each row begin. `places`: row and column of each real
-    token, in order; what is beyond them comes from anywhere, and goes behind the batch."""
-    rows, columns = batch
-    flat = places[:, 0] * columns + places[:, 1]
-    sources, targets = np.zeros(count, np.int64), np.full(count, rows * columns, np.int64)
-    sources[: len(flat)] = targets[: len(flat)] = flat
-    counts = np.bincount(places[:, 0], minlength=rows)
-    return [sources, targets, np.concatenate([[0], np.cumsum(counts)])]
 
 
 class _Bucket:
@@ -248,14 +226,13 @@ class _Bucket:
         """The request into the bucket's inputs, zeros behind it."""
         if tokens is not None:
             mask = self.staged[self.graphs.described["mask"]]
-            for place, array in zip(self.staged[-3:], packing(tokens, mask.shape, self.sizes["tokens"]), strict=True):
+            packed = tools.packing(tokens, mask.shape, self.sizes["tokens"])
+            for place, array in zip(self.staged[-3:], packed, strict=True):
                 place[...] = array
         on_gpu = isinstance(arrays[0], torch.Tensor)
         targets: Sequence[Any] = self.inputs if on_gpu else self.staged
         for target, array in zip(targets, arrays, strict=False):
-            if target.shape != array.shape:
-                target[...] = 0
-            target[tuple(map(slice, array.shape))] = array
+            tools.fill(target, array)
         # What came on the GPU is in its place.
         staged = self.begins[len(arrays) :] if on_gpu else self.begins
         if self.graphs.on_gpu and staged:

@@ -1,9 +1,21 @@
-"""ONNX Runtime on the CPU. Settings: `threads`, `graph_level` (none, basic, extended, all), `op_libraries` (paths)."""
+"""ONNX Runtime, on the CPU or an NVIDIA GPU. Settings: `threads`, `graph_level` (none, basic, extended, all),
+`op_libraries` (paths); `device` "cuda" for a GPU, `device_index` which one (0), `graphs` for CUDA graphs there.
+
+With `graphs`, each bucket of sizes of the `graphs.json` beside the model (its contents: kpdeploy.runtimes.cuda) has its
+inputs and outputs at fixed addresses on the GPU, and a graph, captured when the artifact is loaded. A request runs in
+the smallest bucket that holds it, padded with zeros; its answer is cut to its own sizes. One that no bucket holds runs
+without a graph, and `run.missed` counts it. On the CPU, for tests, the same buckets run without graphs.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import json
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +33,14 @@ _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
+_CUDA = "CUDAExecutionProvider"
+
+_GRAPH = "gpu_graph_id"
+"""A run's option: the number of the graph that it captures at first and replays from then on; -1: none."""
+
+_PLACES = "session.record_ep_graph_assignment_info"
+"""A session's option, since 1.24: it can tell which provider has which node."""
+
 
 def load(
     path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: dict[str, Any]
@@ -33,11 +53,161 @@ def load(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for library in settings.get("op_libraries", ()):
         options.register_custom_ops_library(library)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = list(outputs)
+    names, device = list(outputs), settings.get("device", "cpu")
+    if device == "cuda":
+        session = _on_gpu(path, options, settings)
+    else:
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    if settings.get("graphs"):
+        described = json.loads(Path(path).with_name("graphs.json").read_text())
+        return _Graphs(session, inputs, names, described, (device, settings.get("device_index", 0)))
 
     def run(arrays: Arrays) -> Arrays:
         result: Arrays = session.run(names, dict(zip(inputs, arrays, strict=True)))
         return result
 
     return run
+
+
+def _on_gpu(path: str, options: Any, settings: Mapping[str, Any]) -> Any:
+    """A session of the CUDA provider.
+
+    Raises:
+        RuntimeError: this ONNX Runtime has none, or cannot load it, or it cannot capture graphs of this model.
+    """
+    _load_provider()
+    wanted = {
+        "device_id": str(settings.get("device_index", 0)),
+        "use_tf32": "0",  # float32 is what level 1 promises
+        "enable_cuda_graph": "1" if settings.get("graphs") else "0",
+    }
+    try:
+        session = ort.InferenceSession(path, options, providers=[(_CUDA, wanted), "CPUExecutionProvider"])
+    except Exception as error:
+        if "graph capture" not in str(error):
+            raise
+        on_cpu = _on_cpu(path, options, wanted)
+        why = f"these nodes are not on the GPU: {on_cpu}" if on_cpu else str(error)
+        raise RuntimeError(f"ONNX Runtime {ort.__version__} captures no CUDA graph of this model: {why}") from None
+    # It falls back to the CPU where CUDA fails, and says so on stderr alone.
+    if session.get_providers()[0] != _CUDA:
+        raise RuntimeError(f"ONNX Runtime {ort.__version__} cannot use a GPU here: its {_CUDA} did not start")
+    return session
+
+
+def _load_provider() -> None:
+    """Load ONNX Runtime's CUDA provider and what it needs.
+
+    Raises:
+        RuntimeError: it is not there, or one of its libraries is not.
+    """
+    here = f"ONNX Runtime {ort.__version__}"
+    if _CUDA not in ort.get_available_providers():
+        why = "onnxruntime-gpu has it, and must be installed in the place of onnxruntime"
+        raise RuntimeError(f"the artifact runs on an NVIDIA GPU, and {here} has no {_CUDA} here: {why}")
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's and cuDNN's Python packages, which torch brings too
+    folder = Path(ort.__file__).parent / "capi"
+    try:
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_shared.so"), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / "libonnxruntime_providers_cuda.so"))
+    except OSError as error:
+        needs = f"it needs CUDA {getattr(ort, 'cuda_version', '')}".strip()
+        how = 'pip install "onnxruntime-gpu[cuda,cudnn]" nvidia-cublas'
+        raise RuntimeError(f"{here} cannot load its {_CUDA}: {error}; {needs} and cuDNN 9: {how}") from None
+
+
+def _on_cpu(path: str, options: Any, wanted: Mapping[str, str]) -> str:
+    """The operators that a session without graphs runs on the CPU or copies for; empty where it cannot tell."""
+    options.add_session_config_entry(_PLACES, "1")
+    without = {**wanted, "enable_cuda_graph": "0"}
+    session = ort.InferenceSession(path, options, providers=[(_CUDA, without), "CPUExecutionProvider"])
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return ""
+    parts = [p for p in session.get_provider_graph_assignment_info() if p.ep_name != _CUDA]
+    return ", ".join(sorted({node.op_type for part in parts for node in part.get_nodes()}))
+
+
+def _beside(name: str) -> Any:
+    """A module of this file's own folder, whatever else goes by that name."""
+    spec = importlib.util.spec_from_file_location(f"kpdeploy_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Graphs:
+    """A session and its graphs, one a bucket. Calls from several threads take turns.
+
+    ONNX Runtime keeps graphs by thread: a thread that calls for the first time captures its own.
+    """
+
+    def __init__(
+        self,
+        session: Any,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        described: Mapping[str, Any],
+        device: tuple[str, int],
+    ) -> None:
+        self.session = session
+        self.inputs, self.outputs = list(inputs), list(outputs)
+        self.described = described
+        self.device = device
+        self.tools = _beside("buckets")
+        self.missed = 0
+        self.lock = threading.Lock()
+        self.uncaptured = ort.RunOptions()
+        self.uncaptured.add_run_config_entry(_GRAPH, "-1")
+        buckets = self.described["buckets"]
+        made = {index: _Bound(self, buckets[index], index + 1) for index in self.tools.largest_first(buckets)}
+        self.bound = [made[index] for index in range(len(buckets))]
+
+    def __call__(self, arrays: Arrays) -> Arrays:
+        with self.lock:
+            sizes = self.tools.sizes_of(arrays, self.described["inputs"])
+            index = self.tools.smallest(self.described["buckets"], sizes, self.described["padded"])
+            if index is None:
+                self.missed += 1
+                feeds = dict(zip(self.inputs, arrays, strict=True))
+                found: Arrays = self.session.run(self.outputs, feeds, self.uncaptured)
+                return found
+            results = self.bound[index].run(arrays)
+            return [self.tools.cut(r, s, sizes) for r, s in zip(results, self.described["outputs"], strict=True)]
+
+
+class _Bound:
+    """One bucket: its inputs on the host and on the GPU, its outputs there, and the number of its graph."""
+
+    def __init__(self, graphs: _Graphs, bucket: Mapping[str, int], number: int) -> None:
+        self.graphs = graphs
+        self.options = ort.RunOptions()
+        self.options.add_run_config_entry(_GRAPH, str(number))
+        tools, described = graphs.tools, graphs.described
+        shapes = [tools.shape_in(bucket, shape) for shape in described["inputs"]]
+        self.staged = [np.zeros(s, d) for s, d in zip(shapes, described["dtypes"], strict=True)]
+        self.inputs = [ort.OrtValue.ortvalue_from_numpy(a, *graphs.device) for a in self.staged]
+        shapes = [tools.shape_in(bucket, shape) for shape in described["outputs"]]
+        self.outputs = [
+            ort.OrtValue.ortvalue_from_shape_and_type(s, np.dtype(d), *graphs.device)
+            for s, d in zip(shapes, described["output_dtypes"], strict=True)
+        ]
+        self.binding = graphs.session.io_binding()
+        for name, value in zip(graphs.inputs, self.inputs, strict=True):
+            self.binding.bind_ortvalue_input(name, value)
+        for name, value in zip(graphs.outputs, self.outputs, strict=True):
+            self.binding.bind_ortvalue_output(name, value)
+        self.replay()
+
+    def replay(self) -> None:
+        """Run what is in the inputs; the first time, capture it."""
+        self.graphs.session.run_with_iobinding(self.binding, self.options)
+
+    def run(self, arrays: Arrays) -> list[np.ndarray[Any, Any]]:
+        for staged, value, array in zip(self.staged, self.inputs, arrays, strict=True):
+            self.graphs.tools.fill(staged, array)
+            value.update_inplace(staged)
+        self.replay()
+        return [value.numpy() for value in self.outputs]

@@ -45,8 +45,9 @@ def test_int8_without_nncf_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_has_ways_of_its_own_and_without_its_runtime_it_is_told_that_it_lies_idle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu: f"{gpu} lies idle: no torch with CUDA")
-    ways = [way for way in lowerings(replace(MODERN, gpus=(GPU, GPU))) if way.format == "cuda"]
+    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu, runtime: f"{gpu} lies idle: no {runtime}")
+    known = [way for way in lowerings(replace(MODERN, gpus=(GPU, GPU))) if way.on_gpu]
+    ways = [way for way in known if way.format == "cuda"]
     assert [way.what for way in ways] == [
         "level 1 (float32)",
         "level 2 (float16)",
@@ -54,7 +55,23 @@ def test_a_gpu_has_ways_of_its_own_and_without_its_runtime_it_is_told_that_it_li
         "level 3 (fp8)",
     ]
     assert {way.missing for way in ways} == {"NVIDIA H100 lies idle: no torch with CUDA"}
-    assert all(way.format != "cuda" for way in lowerings(MODERN))
+    others = [way for way in known if way not in ways]
+    assert [(way.format, way.level, way.precision) for way in others] == [
+        ("onnx", 1, "float32"),
+        ("onnx", 2, "float16"),
+        ("onnx", 2, "bfloat16"),
+    ]
+    assert {way.missing for way in others} == {"NVIDIA H100 lies idle: no ONNX Runtime with CUDA"}
+    assert not any(way.on_gpu for way in lowerings(MODERN))
+
+
+def test_what_is_for_a_gpu_is_for_a_target_that_serves_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(replace(MODERN, gpus=(GPU,)), monkeypatch)
+    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu, runtime: "")
+    (ways,) = rungs("torchserve", "onnx", "auto", None)
+    assert {way.missing for way in ways if way.on_gpu} == {"torchserve runs models on the CPU here"}
+    (ways,) = rungs("triton", "onnx", "1", None)
+    assert [(way.format, way.precision) for way in ways if not way.missing] == [("onnx", "float32")]
 
 
 def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +85,10 @@ def test_the_format_of_a_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyP
 
 
 def test_8_bits_are_for_the_tensor_cores_that_the_kernels_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu: "")
+    monkeypatch.setattr("kpdeploy.backends.nvidia._lacks", lambda gpu, runtime: "")
     older = replace(GPU, name="NVIDIA A100", capability="8.0")
-    ways = {way.precision: way.missing for way in nvidia.lowerings(replace(MODERN, gpus=(older,)))}
+    found = nvidia.lowerings(replace(MODERN, gpus=(older,)))
+    ways = {way.precision: way.missing for way in found if way.format == "cuda"}
     assert ways == {"float32": "", "float16": "", "bfloat16": "", "fp8": ways["fp8"]}
     assert "NVIDIA A100 has compute capability 8.0" in ways["fp8"]
     assert not any(way.missing for way in nvidia.lowerings(replace(MODERN, gpus=(GPU,))))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kpdeploy.export.cuda import Form, buckets, described
-from kpdeploy.runtimes.cuda import packing, smallest
+from kpdeploy.runtimes.buckets import packing, smallest
 from kpdeploy.signature import parse_inputs
 
 TEXT = parse_inputs(("ids:int64[batch=1..6,seq=1..100]", "mask:int64[batch,seq]{mask}"))

@@ -372,6 +372,28 @@ def test_each_version_has_a_launch_sh_of_its_own(repo: Path, files: Path) -> Non
     assert first.manifest.files["launch.sh"] != second.manifest.files["launch.sh"]
 
 
+LAUNCHED = """\
+# On the machine's GPUs{lacks}.
+options+=(--gpus all)
+{server}"""
+
+
+def test_onnx_for_a_gpu_is_launched_on_it_and_in_graphs_brings_its_own_model_py(repo: Path, files: Path) -> None:
+    settings = {"device": "cuda", "precision": "float16", "op_libraries": ("weights.bin",)}
+    environment = {"packages": {"onnxruntime-gpu": "1.31.1"}}
+    native = publish(str(repo), manifest(settings=settings, environment=environment), files)
+    script = (Path(native.folder) / "launch.sh").read_text()
+    assert LAUNCHED.format(lacks="", server="server=(tritonserver)\n") in script
+    captured = {**settings, "graphs": True}
+    own = publish(str(repo), manifest(settings=captured, environment=environment), files)
+    script = (Path(own.folder) / "launch.sh").read_text()
+    begun = LAUNCHED.format(lacks="; the container's Python lacks onnxruntime", server="# shellcheck disable=SC2016\n")
+    assert begun in script
+    assert {"model.py", "runtime.py", "ragged.py", "buckets.py", "artifact.json"} <= set(own.manifest.files)
+    wanted = (Path(own.folder) / "requirements.txt").read_text().split()
+    assert wanted == ["numpy", "onnxruntime-gpu[cuda,cudnn]==1.31.1", "nvidia-cublas"]
+
+
 def test_a_failed_upload_leaves_the_earlier_version(bucket: str, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = publish(bucket, manifest(), files)
     store = fsspec.filesystem("memory")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tiny_version import baseline, exchange, manifest
+from tritonclient.grpc.model_config_pb2 import ModelInstanceGroup
 
 from kpdeploy.artifact import Latency
 from kpdeploy.baseline import Baseline, Exchange, Windows
@@ -114,6 +115,44 @@ def test_settings_reach_the_backend() -> None:
     assert config.parameters["intra_op_thread_count"].string_value == "2"
     name = manifest().model
     assert list(config.model_operations.op_library_filename) == [f"/srv/repo/{name}/3/libops.so"]
+
+
+ON_GPU = {"device": "cuda", "precision": "float16", "op_libraries": ("libkpdeploy_onnx.so",)}
+
+NATIVE = """\
+optimization {
+  execution_accelerators {
+    gpu_execution_accelerator {
+      name: "cuda"
+      parameters {
+        key: "use_tf32"
+        value: "0"
+      }
+    }
+  }
+}
+"""
+
+
+def test_onnx_on_a_gpu_is_nvidias_backend_without_graphs_which_it_cannot_hold() -> None:
+    config = model_config(manifest(version=3, settings=ON_GPU), baseline())
+    assert config.backend == "onnxruntime"
+    assert [group.kind for group in config.instance_group] == [ModelInstanceGroup.KIND_GPU]
+    text = write_config(config)
+    assert NATIVE in text
+    assert "cuda_graph" not in text
+    assert list(config.model_operations.op_library_filename) == ["/models/tiny/3/libkpdeploy_onnx.so"]
+
+
+def test_onnx_in_cuda_graphs_is_run_by_the_model_py_that_the_version_holds() -> None:
+    config = model_config(manifest(version=3, settings={**ON_GPU, "graphs": True}, padded_axes=("width",)), baseline())
+    assert config.backend == "python"
+    assert [group.kind for group in config.instance_group] == [ModelInstanceGroup.KIND_GPU]
+    # Its runtime takes tensors of the host, which is the backend's default.
+    assert set(config.parameters) == {"kpdeploy_digest"}
+    assert not config.HasField("optimization")
+    assert not config.model_operations.op_library_filename
+    assert [entry.allow_ragged_batch for entry in config.input] == [True, False]
 
 
 @pytest.mark.parametrize(("p50_ms", "delay_us"), [(4.0, 200), (200.0, 1000), (0.6, 0)])

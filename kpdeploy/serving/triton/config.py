@@ -5,7 +5,7 @@ from __future__ import annotations
 import keyword
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -66,6 +66,25 @@ LOADERS = {
     HANDLER_FORMAT: Loader(backend="python"),
 }
 
+_ONNX_ON_GPU = Loader(backend="onnxruntime", kind=ModelInstanceGroup.KIND_GPU)
+
+_CUDA_OPTIONS = {"use_tf32": "0"}
+"""Of ONNX Runtime's CUDA provider, as the artifact was proven. No `enable_cuda_graph`: the backend hands each request's
+own memory over, and a graph keeps the addresses that it was captured with."""
+
+
+def holds_model_py(manifest: Manifest) -> bool:
+    """Does a version bring the model.py that runs it? No backend of NVIDIA's captures graphs of these."""
+    return manifest.format == "cuda" or bool(manifest.settings.get("graphs"))
+
+
+def loader_of(manifest: Manifest) -> Loader:
+    if manifest.format == "onnx" and manifest.settings.get("device") == "cuda":
+        # Its graphs take tensors of the host.
+        return replace(LOADERS["cuda"], parameters=()) if holds_model_py(manifest) else _ONNX_ON_GPU
+    return LOADERS[manifest.format]
+
+
 _GRAPH_LEVELS = {"none": 2, "basic": -1, "extended": 1}
 """ONNX Runtime's optimization levels in Triton's numbers; `all` is what it does when nothing is said."""
 
@@ -102,7 +121,7 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
     Raises:
         FormatUnavailable: a tensor that Triton cannot carry.
     """
-    loader = LOADERS[manifest.format]
+    loader = loader_of(manifest)
     config = ModelConfig(
         name=manifest.model,
         backend=loader.backend,
@@ -120,7 +139,7 @@ def model_config(manifest: Manifest, baseline: Baseline) -> Any:
         for spec, name in zip(specs, names, strict=True):
             entry = entries.add(name=name, data_type=_data_type(spec.dtype))
             _set_dims(entry, spec, manifest)
-    if manifest.format == "cuda":
+    if holds_model_py(manifest):
         allow_ragged(config, manifest)
     if manifest.max_batch_size > 1:
         delay_us = manifest.serving.get("queue_delay_us", _queue_delay_us(baseline))
@@ -141,8 +160,11 @@ def _set_settings(config: Any, manifest: Manifest, loader: Loader) -> None:
     settings = manifest.settings
     if settings.get("threads") and loader.threads_parameter:
         config.parameters[loader.threads_parameter].string_value = str(settings["threads"])
-    if manifest.format != "onnx":
+    if loader.backend != "onnxruntime":
         return
+    if loader.kind == ModelInstanceGroup.KIND_GPU:
+        provider = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="cuda")
+        provider.parameters.update(_CUDA_OPTIONS)
     if (level := settings.get("graph_level", "all")) in _GRAPH_LEVELS:
         config.optimization.graph.CopyFrom(ModelOptimizationPolicy.Graph(level=_GRAPH_LEVELS[level]))
     # It goes to dlopen as it is: absolute, for where the repository will be mounted.

@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 import venv
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,11 +100,11 @@ def runtime_pins(manifests: Iterable[Manifest]) -> tuple[str, ...]:
 
 
 def installed(package: str) -> str | None:
-    """The version of a package in this environment, without importing it."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """The version of a package in this environment, without importing it; that of its form for GPUs, where that is."""
+    for name in (package, f"{package}-gpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 def environment_folder(pins: tuple[str, ...] = ()) -> Path:

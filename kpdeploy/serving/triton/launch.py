@@ -6,7 +6,8 @@ import shlex
 
 from kpdeploy.artifact import Manifest
 from kpdeploy.ops.libraries import TORCH
-from kpdeploy.serving.triton.config import HANDLER_FORMAT
+from kpdeploy.runtimes import PACKAGES
+from kpdeploy.serving.triton.config import HANDLER_FORMAT, holds_model_py
 
 LAUNCH = "launch.sh"
 REQUIREMENTS = "requirements.txt"
@@ -68,7 +69,7 @@ server=(bash -c "$installed" "$mount/$model/{version}/{requirements}"{more})
 _HANDLER = "# The container's Python lacks its packages, and the server does not load by itself the model behind it.\n"
 
 _GPU = """\
-# On the machine's GPUs; the container's Python lacks torch.
+# On the machine's GPUs{lacks}.
 options+=(--gpus all)
 """
 
@@ -77,8 +78,11 @@ def launch_script(manifest: Manifest, image: str) -> str:
     """The script of a version: its container, ports and mount, and a preloaded kernel library where libtorch needs
     one. It holds no path of this machine."""
     preload = _PLAIN
-    if manifest.format == "cuda":
-        preload = _GPU + _INSTALLED.format(version=manifest.version, requirements=REQUIREMENTS, more="")
+    if holds_model_py(manifest):
+        lacks = _GPU.format(lacks=f"; the container's Python lacks {PACKAGES[manifest.format][0]}")
+        preload = lacks + _INSTALLED.format(version=manifest.version, requirements=REQUIREMENTS, more="")
+    elif manifest.settings.get("device") == "cuda":
+        preload = _GPU.format(lacks="") + _PLAIN
     elif TORCH in manifest.settings.get("op_libraries", ()):
         preload = _PRELOADED.format(torch=TORCH_LIBRARIES, version=manifest.version, library=TORCH)
     elif manifest.format == HANDLER_FORMAT:

@@ -20,7 +20,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from kpdeploy.artifact import DIGEST, Manifest, located
 from kpdeploy.deployment import Deployment
 from kpdeploy.errors import RepositoryBroken
-from kpdeploy.runtimes import PACKAGES, source
+from kpdeploy.runtimes import GPU_PACKAGES, PACKAGES, source
 from kpdeploy.serving.triton.config import (
     CONFIG,
     HANDLER_FORMAT,
@@ -119,7 +119,8 @@ def write_overlay(
 def _copy_model(format: str, files: Path) -> None:
     """What runs an artifact inside the python backend."""
     shutil.copyfile(source(format), files / "runtime.py")
-    shutil.copyfile(source("ragged"), files / "ragged.py")
+    for module in ("ragged", "buckets"):
+        shutil.copyfile(source(module), files / f"{module}.py")
     shutil.copyfile(str(importlib.resources.files(__package__) / "overlay_model.py"), files / "model.py")
 
 
@@ -130,8 +131,15 @@ def write_model(manifest: Manifest, files: Path) -> None:
     beside = {"path": manifest.filename, "settings": dict(manifest.settings)}
     (files / "artifact.json").write_text(json.dumps({**_described(manifest), **beside}, default=list))
     known = manifest.environment.get("packages", {})
-    pins = (f"{name}=={known[name].partition('+')[0]}" for name in PACKAGES[manifest.format] if name in known)
+    needed = GPU_PACKAGES.get(manifest.format, PACKAGES[manifest.format])
+    pins = (_pinned(name, known) for name in needed)
     (files / REQUIREMENTS).write_text("".join(f"{line}\n" for line in ("numpy", *pins)))
+
+
+def _pinned(name: str, known: Mapping[str, str]) -> str:
+    """A requirement, with the version that the artifact was proven with where that is known."""
+    version = known.get(name.partition("[")[0], "").partition("+")[0]
+    return f"{name}=={version}" if version else name
 
 
 def _native_config(path: Path) -> Any:

@@ -41,7 +41,15 @@ from kpdeploy.serving.storage import (
     sync_tree,
 )
 from kpdeploy.serving.triton.compatibility import newest
-from kpdeploy.serving.triton.config import CONFIG, WARMUP, model_config, read_config, warmup_files, write_config
+from kpdeploy.serving.triton.config import (
+    CONFIG,
+    WARMUP,
+    holds_model_py,
+    model_config,
+    read_config,
+    warmup_files,
+    write_config,
+)
 from kpdeploy.serving.triton.launch import LAUNCH, launch_script
 from kpdeploy.serving.triton.overlay import write_model
 
@@ -82,7 +90,7 @@ def publish(repo: str, manifest: Manifest, files: Path, *, activate: bool = True
         RepositoryUnwritable, DiskFull: the storage refuses.
         FormatUnavailable: Triton cannot serve the model's tensors.
     """
-    if manifest.format == "cuda":
+    if holds_model_py(manifest):
         write_model(manifest, files)
     written = (MANIFEST, LAUNCH)
     digests = {file.name: sha256(file) for file in sorted(files.iterdir()) if file.name not in written}
