@@ -32,6 +32,7 @@ import torch
 from gpu_models import Bert, error_of, profiled
 
 ROUNDS, CALLS = 15, 40
+GRAPHS = (True, False)
 PEERS = ("exported", "optimizer", "optimizer, fast gelu")
 OURS = ("fused float16", "fused float16, products apart", "fused bfloat16")
 VALUES = 999_983
@@ -229,7 +230,7 @@ def subjects(folder: Path, inputs: list[torch.Tensor], shape: tuple[int, ...], l
     """Name and bound session of each file, with and without its graph; in place of the session, why there is none."""
     for name in (*OURS, *PEERS):
         file = folder / name / "model.onnx"
-        for graph in (True, False) if file.exists() else ():
+        for graph in GRAPHS if file.exists() else ():
             told = name if graph else f"{name}, no graph"
             try:
                 yield told, bound(file, inputs, shape, graph=graph, library=library if name in OURS else "")

@@ -117,12 +117,14 @@ std::shared_ptr<const Tables> current_tables() {
 
 Chosen chosen_for(const char* device, const CudaLinear& a, int dtype) {
   const auto tables = current_tables();
+  // Half the bits are half the bits: float16 goes where bfloat16 was measured, of whose rows the table has more.
+  const auto alike = [&](int other) { return other == dtype || (dtype == KPDEPLOY_F16 && other == KPDEPLOY_BF16); };
   Chosen chosen = Chosen::kUnmeasured;
   double apart = kNear;
   for (const Row& row : tables->products) {
     const double more = times_apart(row.rows, a.rows);
     if (more > apart || (more == apart && chosen != Chosen::kUnmeasured)) continue;
-    if (row.n == a.n && row.k == a.k && row.dtype == dtype && row.gated == a.gated &&
+    if (row.n == a.n && row.k == a.k && alike(row.dtype) && row.gated == a.gated &&
         (a.gated || row.activation == a.activation) && row.device == device) {
       chosen = row.chosen;
       apart = more;

@@ -44,6 +44,13 @@ struct View {
     view = {const_cast<void*>(data), sizes.data(), strides.data(), static_cast<int32_t>(sizes.size()),
             dtype_of(type),          device,       0};
   }
+  // Columns of another one, from `begin` on.
+  View(const View& whole, int64_t begin, int64_t width) : sizes(whole.sizes), strides(whole.strides), view(whole.view) {
+    sizes.back() = width;
+    view.data = static_cast<char*>(view.data) + begin * (view.dtype == KPDEPLOY_F32 ? 4 : 2);
+    view.sizes = sizes.data();
+    view.strides = strides.data();
+  }
   View(const View&) = delete;
   operator const kpdeploy_tensor*() const { return &view; }
 
@@ -86,6 +93,12 @@ class Run {
   const std::vector<int64_t>& sizes(size_t i) const {
     if (!input(i)) throw Ort::Exception("input " + std::to_string(i) + " is missing", ORT_INVALID_ARGUMENT);
     return inputs_[i]->sizes;
+  }
+
+  // Columns of an input of the op's dtype that is there.
+  const kpdeploy_tensor* columns(size_t i, int64_t begin, int64_t width) {
+    parts_.push_back(std::make_unique<View>(*inputs_[i], begin, width));
+    return *parts_.back();
   }
 
   const kpdeploy_tensor* output(size_t i, const std::vector<int64_t>& sizes) {
@@ -132,7 +145,7 @@ class Run {
   OrtKernelContext* raw_;
   Ort::KernelContext context_;
   kpdeploy_device device_;
-  std::vector<std::unique_ptr<View>> inputs_, outputs_;
+  std::vector<std::unique_ptr<View>> inputs_, parts_, outputs_;
 };
 
 // A constant weight, packed; empty where the graph computes it, and on a GPU.
@@ -217,6 +230,35 @@ struct PackedAttention : AttentionOf<kpdeploy_packed_attention> {
   static constexpr const char* kName = "PackedAttention";
   static constexpr const char* kInputs = "TTTL";
   using AttentionOf::AttentionOf;
+};
+
+// Attention to itself of what one product gave: queries, keys and values side by side, which Split would copy.
+struct JoinedAttention {
+  static constexpr const char* kName = "JoinedAttention";
+  static constexpr const char* kInputs = "Tl";
+  static constexpr int kOutputs = 1;
+  JoinedAttention(const Ort::ConstKernelInfo& info, kpdeploy_device)
+      : heads(info.GetAttribute<int64_t>("heads")),
+        kv_heads(info.GetAttribute<int64_t>("kv_heads")),
+        causal(info.GetAttribute<int64_t>("causal")),
+        scale(info.GetAttribute<float>("scale")) {}
+  void compute(Run& run) const {
+    const std::vector<int64_t>& sizes = run.sizes(0);
+    const int64_t parts = heads + 2 * kv_heads;
+    if (sizes.size() != 3 || heads < 1 || kv_heads < 1 || sizes[2] % parts != 0)
+      throw Ort::Exception("com.kpdeploy:JoinedAttention: joined is not [B, S, (heads + 2 kv_heads) * D]",
+                           ORT_INVALID_ARGUMENT);
+    const int64_t own = sizes[2] / parts * heads, other = sizes[2] / parts * kv_heads;
+    const kpdeploy_tensor* out = run.output(0, run.sizes_with_last(0, own));
+    const kpdeploy_tensor* query = run.columns(0, 0, own);
+    const kpdeploy_tensor* key = run.columns(0, own, other);
+    const kpdeploy_tensor* value = run.columns(0, own + other, other);
+    run.call([&](const kpdeploy_context* c) {
+      return kpdeploy_attention(c, query, key, value, run.input(1), heads, kv_heads, scale, causal != 0, out);
+    });
+  }
+  int64_t heads, kv_heads, causal;
+  float scale;
 };
 
 struct LinearActivation {
@@ -377,6 +419,7 @@ Ort::CustomOpDomain& domain() {
     Ort::CustomOpDomain d("com.kpdeploy");
     add<Attention>(d);
     add<PackedAttention>(d);
+    add<JoinedAttention>(d);
     add<LinearActivation>(d);
     add<GatedLinear>(d);
     add<LayerNorm>(d);

@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from kpdeploy.export import joined_attention
 from kpdeploy.ops import NAMESPACE, ONNX_DOMAIN, OPS, Op
+from kpdeploy.ops.attention import ATTENTION
 from kpdeploy.ops.op import OPSET
 
 VERSION = 1
@@ -31,10 +33,14 @@ def define(model: Any) -> None:
     from onnx import parser
 
     used = {node.op_type for node in ir.traversal.RecursiveGraphIterator(model.graph) if node.domain == ONNX_DOMAIN}
-    for op in OPS.values():
-        if op.onnx in used:
-            head = f'<domain: "{ONNX_DOMAIN}", opset_import: ["": {OPSET}]>'
-            function = ir.serde.deserialize_function(parser.parse_function(head + op.onnx_body))
+    bodies = {op.onnx: ("", op.onnx_body) for op in OPS.values()}
+    if joined_attention.NAME in used:
+        used.add(ATTENTION.onnx)  # its function calls that one
+        bodies[joined_attention.NAME] = (f', "{ONNX_DOMAIN}": {VERSION}', joined_attention.BODY)
+    for name, (imported, body) in bodies.items():
+        if name in used:
+            head = f'<domain: "{ONNX_DOMAIN}", opset_import: ["": {OPSET}{imported}]>'
+            function = ir.serde.deserialize_function(parser.parse_function(head + body))
             model.functions[function.identifier()] = function
     if used:
         model.graph.opset_imports[ONNX_DOMAIN] = VERSION

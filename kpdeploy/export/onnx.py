@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kpdeploy.errors import ExportFailed
-from kpdeploy.export import custom_ops
+from kpdeploy.export import custom_ops, joined_attention
 from kpdeploy.ops.op import OPSET
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def export(capture: Capture, folder: Path, program: torch.export.ExportedProgram
                 verbose=False,
             )
         assert made is not None
+        joined_attention.join(made.model.graph)
         custom_ops.define(made.model)
         _attend_nothing_where_all_is_masked(made.model.graph)
         _name_tensors(made.model, capture)

@@ -35,7 +35,7 @@ class Measured:
     @property
     def told(self) -> str:
         figures = ", ".join(f"{name} {us:g} µs" for name, us in self.us)
-        return f"measured on {self.device} with {self.rows} rows: {figures}"
+        return f"measured on {self.device} in {self.dtype} with {self.rows} rows: {figures}"
 
 
 @functools.cache
@@ -66,15 +66,17 @@ csrc/core/gpu_choice.cpp."""
 
 
 def of(op: str, dtype: str, activation: str, shape: tuple[int, ...]) -> list[Measured]:
-    """What was measured of a product of `shape` (rows, inputs, outputs) or of the nearest number of rows: one a GPU."""
+    """What was measured of a product of `shape` (rows, inputs, outputs) or of the nearest number of rows: one a GPU.
+    float16 goes where bfloat16 was measured."""
     rows, *weight = shape
+    dtypes = (dtype, "bfloat16") if dtype == "float16" else (dtype,)
 
     def apart(m: Measured) -> float:
         return max(m.rows, rows) / max(1, min(m.rows, rows))
 
     found: dict[str, Measured] = {}
     for m in table():
-        same = (m.op, m.dtype, m.activation, m.inputs, m.outputs) == (op, dtype, activation, *weight)
+        same = (m.op, m.activation, m.inputs, m.outputs) == (op, activation, *weight) and m.dtype in dtypes
         if same and apart(m) <= NEAR and (m.device not in found or apart(m) < apart(found[m.device])):
             found[m.device] = m
     return list(found.values())

@@ -32,5 +32,5 @@ GPU_PACKAGES = {"onnx": ("onnxruntime-gpu[cuda,cudnn]", "nvidia-cublas")}
 
 
 def source(runtime: str) -> Path:
-    """The file of a runtime, or of `ragged` or `buckets`, to be run or copied."""
+    """The file of a runtime, or of what one loads from its own folder, to be run or copied."""
     return Path(__file__).with_name(f"{runtime}.py")

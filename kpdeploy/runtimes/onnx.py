@@ -1,10 +1,8 @@
 """ONNX Runtime, on the CPU or an NVIDIA GPU. Settings: `threads`, `graph_level` (none, basic, extended, all),
 `op_libraries` (paths); `device` "cuda" for a GPU, `device_index` which one (0), `graphs` for CUDA graphs there.
 
-With `graphs`, each bucket of sizes of the `graphs.json` beside the model (its contents: kpdeploy.runtimes.cuda) has its
-inputs and outputs at fixed addresses on the GPU, and a graph, captured when the artifact is loaded. A request runs in
-the smallest bucket that holds it, padded with zeros; its answer is cut to its own sizes. One that no bucket holds runs
-without a graph, and `run.missed` counts it. On the CPU, for tests, the same buckets run without graphs.
+Graphs are described by `graphs.json` beside the model, and made by `onnx_graphs.py`, with `buckets.py`, beside this
+file. On the CPU, for tests, the same buckets run without graphs.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import ctypes
 import importlib.util
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,9 +31,6 @@ _LEVELS = {
 }
 
 _CUDA = "CUDAExecutionProvider"
-
-_GRAPH = "gpu_graph_id"
-"""A run's option: the number of the graph that it captures at first and replays from then on; -1: none."""
 
 _PLACES = "session.record_ep_graph_assignment_info"
 """A session's option, since 1.24: it can tell which provider has which node."""
@@ -60,13 +54,33 @@ def load(
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     if settings.get("graphs"):
         described = json.loads(Path(path).with_name("graphs.json").read_text())
-        return _Graphs(session, inputs, names, described, (device, settings.get("device_index", 0)))
+        where = (device, settings.get("device_index", 0))
+        captured: Callable[[Arrays], Arrays] = _beside("onnx_graphs").Graphs(
+            session, inputs, names, described, where, _beside("buckets")
+        )
+        return captured
 
     def run(arrays: Arrays) -> Arrays:
         result: Arrays = session.run(names, dict(zip(inputs, arrays, strict=True)))
         return result
 
     return run
+
+
+def memory() -> list[dict[str, Any]]:
+    """What is taken on the GPU of this process's sessions, which ONNX Runtime does not tell apart; by whomever."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    free, total, gpu, name = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_int(), ctypes.create_string_buffer(99)
+    # It fails where no session has begun to use a GPU.
+    if driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total)):
+        return []
+    driver.cuCtxGetDevice(ctypes.byref(gpu))
+    driver.cuDeviceGetName(name, len(name), gpu)
+    taken = total.value - free.value
+    return [{"what": "weights, activations and CUDA graphs", "bytes": taken, "device": name.value.decode()}]
 
 
 def _on_gpu(path: str, options: Any, settings: Mapping[str, Any]) -> Any:
@@ -136,78 +150,3 @@ def _beside(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-class _Graphs:
-    """A session and its graphs, one a bucket. Calls from several threads take turns.
-
-    ONNX Runtime keeps graphs by thread: a thread that calls for the first time captures its own.
-    """
-
-    def __init__(
-        self,
-        session: Any,
-        inputs: Sequence[str],
-        outputs: Sequence[str],
-        described: Mapping[str, Any],
-        device: tuple[str, int],
-    ) -> None:
-        self.session = session
-        self.inputs, self.outputs = list(inputs), list(outputs)
-        self.described = described
-        self.device = device
-        self.tools = _beside("buckets")
-        self.missed = 0
-        self.lock = threading.Lock()
-        self.uncaptured = ort.RunOptions()
-        self.uncaptured.add_run_config_entry(_GRAPH, "-1")
-        buckets = self.described["buckets"]
-        made = {index: _Bound(self, buckets[index], index + 1) for index in self.tools.largest_first(buckets)}
-        self.bound = [made[index] for index in range(len(buckets))]
-
-    def __call__(self, arrays: Arrays) -> Arrays:
-        with self.lock:
-            sizes = self.tools.sizes_of(arrays, self.described["inputs"])
-            index = self.tools.smallest(self.described["buckets"], sizes, self.described["padded"])
-            if index is None:
-                self.missed += 1
-                feeds = dict(zip(self.inputs, arrays, strict=True))
-                found: Arrays = self.session.run(self.outputs, feeds, self.uncaptured)
-                return found
-            results = self.bound[index].run(arrays)
-            return [self.tools.cut(r, s, sizes) for r, s in zip(results, self.described["outputs"], strict=True)]
-
-
-class _Bound:
-    """One bucket: its inputs on the host and on the GPU, its outputs there, and the number of its graph."""
-
-    def __init__(self, graphs: _Graphs, bucket: Mapping[str, int], number: int) -> None:
-        self.graphs = graphs
-        self.options = ort.RunOptions()
-        self.options.add_run_config_entry(_GRAPH, str(number))
-        tools, described = graphs.tools, graphs.described
-        shapes = [tools.shape_in(bucket, shape) for shape in described["inputs"]]
-        self.staged = [np.zeros(s, d) for s, d in zip(shapes, described["dtypes"], strict=True)]
-        self.inputs = [ort.OrtValue.ortvalue_from_numpy(a, *graphs.device) for a in self.staged]
-        shapes = [tools.shape_in(bucket, shape) for shape in described["outputs"]]
-        self.outputs = [
-            ort.OrtValue.ortvalue_from_shape_and_type(s, np.dtype(d), *graphs.device)
-            for s, d in zip(shapes, described["output_dtypes"], strict=True)
-        ]
-        self.binding = graphs.session.io_binding()
-        for name, value in zip(graphs.inputs, self.inputs, strict=True):
-            self.binding.bind_ortvalue_input(name, value)
-        for name, value in zip(graphs.outputs, self.outputs, strict=True):
-            self.binding.bind_ortvalue_output(name, value)
-        self.replay()
-
-    def replay(self) -> None:
-        """Run what is in the inputs; the first time, capture it."""
-        self.graphs.session.run_with_iobinding(self.binding, self.options)
-
-    def run(self, arrays: Arrays) -> list[np.ndarray[Any, Any]]:
-        for staged, value, array in zip(self.staged, self.inputs, arrays, strict=True):
-            self.graphs.tools.fill(staged, array)
-            value.update_inplace(staged)
-        self.replay()
-        return [value.numpy() for value in self.outputs]

@@ -31,7 +31,7 @@ from kpdeploy.ops import GPU_OPS, NAMESPACE
 from kpdeploy.optimize import fuse
 from kpdeploy.optimize.lowered import lowered
 from kpdeploy.optimize.pack import pack
-from kpdeploy.pipeline.candidates import _fused, prove_one
+from kpdeploy.pipeline.candidates import Candidate, _fused, prove_one
 from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.progress import Progress
 from kpdeploy.runtimes import cuda as runtime
@@ -279,6 +279,51 @@ def test_a_candidate_without_padding_is_proven_in_a_process_of_its_own(bert: Mod
     assert found.verdict.max_batch_size == 4
     again = maker.candidate(WAY, [found], prove)
     assert "another precision of its level has passed" in again.reason
+
+
+PRECISIONS = (("float32", 1, 1e-5), ("float16", 2, 2e-3), ("bfloat16", 2, 2e-2))
+
+
+def onnx_candidate(folder: Path, precision: str, level: int, bound: float, device: str) -> Candidate:
+    of = model(Pooled())
+    maker, _ = on_cpu(of, folder)
+    settings = {"device": "cuda", "precision": precision}
+    way = Lowering(level=level, precision=precision, format="onnx", settings=settings)
+    reference = lambda inputs: {of.signature.outputs[0].name: answer(of, inputs)}  # noqa: E731
+    asked = questions(of.signature, reference, np.random.default_rng())
+    prove = lambda artifact: prove_one(artifact, of, asked, {"float32": bound})  # noqa: E731
+    return replace(maker, device=device).candidate(way, [], prove)
+
+
+@pytest.mark.parametrize(("precision", "level", "bound"), PRECISIONS[:2])
+def test_the_same_as_onnx_is_proven_in_buckets_and_without_its_library(
+    precision: str, level: int, bound: float, onnx_library: str, tmp_path: Path
+) -> None:
+    found = onnx_candidate(tmp_path, precision, level, bound, "cpu")
+    assert found.passed, found.reason
+    assert found.artifact is not None
+    assert found.settings["graphs"]
+    assert found.verdict is not None
+    assert (found.verdict.padded_axes, found.verdict.max_batch_size) == (("seq",), 4)
+    assert any("runs without libkpdeploy_onnx.so" in d.what for d in found.decisions)
+    text = found.artifact.path.read_bytes()
+    # What one product gave is not split for attention.
+    assert (text.count(b"JoinedAttention") > 0, b"Split_" in text) == (True, False)
+
+
+@pytest.mark.parametrize(("precision", "level", "bound"), PRECISIONS)
+def test_onnx_is_captured_and_proven_on_the_gpu(
+    precision: str, level: int, bound: float, onnx_library: str, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    if not torch.cuda.is_available() or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("NOT RUN: graphs of ONNX Runtime: this machine has no GPU, or no onnxruntime-gpu")
+    found = onnx_candidate(tmp_path, precision, level, bound, "cuda")
+    assert found.passed, found.reason
+    assert found.settings["graphs"]
+    assert found.verdict is not None
+    assert found.verdict.padded_axes == ("seq",)
 
 
 def test_where_padding_shows_the_next_form_is_tried(tmp_path: Path) -> None:

@@ -154,10 +154,18 @@ def test_importing_serving_bench_and_monitoring_loads_no_torch() -> None:
     assert not TORCH & {name.split(".")[0] for name in loaded}
 
 
-@pytest.mark.parametrize("name", ["onnx", "torchscript", "pt2", "openvino", "worker", "ragged", "buckets"])
+@pytest.mark.parametrize(
+    "name", ["onnx", "torchscript", "pt2", "openvino", "worker", "ragged", "buckets", "onnx_graphs"]
+)
 def test_a_runtime_stands_alone(name: str) -> None:
     used = {imported.split(".")[0] for imported, _ in imports(PACKAGE / "runtimes" / f"{name}.py")}
-    own = {"onnx": "onnxruntime", "torchscript": "torch", "pt2": "torch", "openvino": "openvino"}
+    own = {
+        "onnx": "onnxruntime",
+        "onnx_graphs": "onnxruntime",
+        "torchscript": "torch",
+        "pt2": "torch",
+        "openvino": "openvino",
+    }
     foreign = used - sys.stdlib_module_names - {"numpy", own.get(name)}
     assert not foreign
 

@@ -35,11 +35,10 @@ def model(tmp_path: Path) -> Path:
         helper.make_node("Cast", ["width"], ["wide"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["scaled", "wide"], ["y"]),
     ]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "scaled", [info("x", TensorProto.FLOAT, ["batch", "width"]), info("scale", TensorProto.FLOAT, ["batch"])],
-        [info("y", TensorProto.FLOAT, ["batch", "width"])], [helper.make_tensor("last", TensorProto.INT64, [1], [1])],
-    )  # fmt: skip
+    info, kind = helper.make_tensor_value_info, TensorProto.FLOAT
+    inputs = [info("x", kind, ["batch", "width"]), info("scale", kind, ["batch"])]
+    last = helper.make_tensor("last", TensorProto.INT64, [1], [1])
+    graph = helper.make_graph(nodes, "scaled", inputs, [info("y", kind, ["batch", "width"])], [last])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     checker.check_model(made)
     save(made, tmp_path / "model.onnx")
@@ -138,3 +137,31 @@ def test_the_buckets_are_loaded_from_the_runtimes_own_folder(model: Path) -> Non
     before = set(sys.modules)
     loaded(model, ())
     assert not {name for name in set(sys.modules) - before if "buckets" in name}
+
+
+class Driver:
+    """CUDA's driver with 80 GB, of which 3 are taken; without a context it knows nothing."""
+
+    def __init__(self, used: bool) -> None:
+        self.used = used
+
+    def cuMemGetInfo_v2(self, free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = 77_000, 80_000
+        return 0 if self.used else 201
+
+    def cuCtxGetDevice(self, gpu: Any) -> int:
+        gpu._obj.value = 0
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, gpu: Any) -> int:
+        name.value = b"NVIDIA H100"
+        return 0
+
+
+def test_what_is_taken_on_the_gpu_is_told_once_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: Driver(used=True))
+    assert [(part["bytes"], part["device"]) for part in runtime.memory()] == [(3_000, "NVIDIA H100")]
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda _: Driver(used=False))
+    assert runtime.memory() == []
+    monkeypatch.undo()
+    assert runtime.memory() == []  # no GPU here, or none in use

@@ -389,7 +389,9 @@ def test_onnx_for_a_gpu_is_launched_on_it_and_in_graphs_brings_its_own_model_py(
     script = (Path(own.folder) / "launch.sh").read_text()
     begun = LAUNCHED.format(lacks="; the container's Python lacks onnxruntime", server="# shellcheck disable=SC2016\n")
     assert begun in script
-    assert {"model.py", "runtime.py", "ragged.py", "buckets.py", "artifact.json"} <= set(own.manifest.files)
+    assert {"model.py", "runtime.py", "ragged.py", "buckets.py", "onnx_graphs.py", "artifact.json"} <= set(
+        own.manifest.files
+    )
     wanted = (Path(own.folder) / "requirements.txt").read_text().split()
     assert wanted == ["numpy", "onnxruntime-gpu[cuda,cudnn]==1.31.1", "nvidia-cublas"]
 

@@ -16,7 +16,7 @@ from kpdeploy.errors import DigestMismatch
 from kpdeploy.hardware import detect, memory_bytes, packages
 from kpdeploy.memory import MemoryPlan, point_told, size
 from kpdeploy.ops.libraries import contract
-from kpdeploy.serving.triton.config import HANDLER_FORMAT
+from kpdeploy.serving.triton.config import HANDLER_FORMAT, holds_model_py
 from kpdeploy.serving.triton.containers import (
     CALL_SPEC_SINCE,
     CONTAINERS,
@@ -28,7 +28,7 @@ from kpdeploy.serving.triton.containers import (
     order,
     settled,
 )
-from kpdeploy.serving.triton.overlay import BACKENDS
+from kpdeploy.serving.triton.overlay import backend_of
 
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torchscript": "torch", "pt2": "torch", "cuda": "torch"}
 """The field of a Container that says which runtime loads a format."""
@@ -225,7 +225,7 @@ def _backend(manifest: Manifest, where: Container) -> Decision:
     if manifest.format == HANDLER_FORMAT:
         needed = " and ".join(("NumPy", *manifest.settings.get("packages", ())))
         return Applied(what="backend", detail=f"python; its Python needs {needed}, which launch.sh installs")
-    name = BACKENDS.get(manifest.format, manifest.format)
+    name = backend_of(manifest)
     if manifest.format == "pt2":
         name = "torch_aoti"
     if where.tag == HERE:
@@ -294,7 +294,8 @@ def _library_paths(manifest: Manifest, config: Any) -> Iterator[Decision]:
     written = set(config.model_operations.op_library_filename)
     folder = manifest.mounted
     right = {str(folder / name) for name in manifest.files}
-    expected = manifest.settings.get("op_libraries", ()) if manifest.format == "onnx" else ()
+    native = manifest.format == "onnx" and not holds_model_py(manifest)
+    expected = manifest.settings.get("op_libraries", ()) if native else ()
     for path in sorted(written | {str(folder / name) for name in expected}):
         what = "op_library_filename"
         if path not in written:

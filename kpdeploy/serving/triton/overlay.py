@@ -27,6 +27,7 @@ from kpdeploy.serving.triton.config import (
     LABELS,
     WARMUP,
     allow_ragged,
+    holds_model_py,
     read_config,
     write_config,
 )
@@ -41,6 +42,11 @@ BACKENDS = {
     HANDLER_FORMAT: "python",
 }
 """The folder name of the native backend that NVIDIA's container runs each format with."""
+
+
+def backend_of(manifest: Manifest) -> str:
+    """That of one version."""
+    return "python" if holds_model_py(manifest) else BACKENDS[manifest.format]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,7 @@ class Served:
     def __str__(self) -> str:
         manifest = self.deployment.manifest
         what = f"{manifest.model} v{manifest.version}: {manifest.filename} run by"
-        backend = BACKENDS[manifest.format]
+        backend = backend_of(manifest)
         if self.native:
             return f"{what} Triton's {backend} backend"
         return (
@@ -90,7 +96,7 @@ def write_overlay(
     model_folder = version_folder.parent
     manifest.check_files(version_folder)
     target = folder / manifest.model
-    backend = BACKENDS[manifest.format]
+    backend = backend_of(manifest)
     if manifest.format == HANDLER_FORMAT or (backends_dir is not None and (backends_dir / backend).is_dir()):
         _replace_link(target, model_folder)
         processes = instances(_native_config(model_folder / CONFIG)) if manifest.format == HANDLER_FORMAT else 0
@@ -119,7 +125,7 @@ def write_overlay(
 def _copy_model(format: str, files: Path) -> None:
     """What runs an artifact inside the python backend."""
     shutil.copyfile(source(format), files / "runtime.py")
-    for module in ("ragged", "buckets"):
+    for module in ("ragged", "buckets", *(["onnx_graphs"] if format == "onnx" else [])):
         shutil.copyfile(source(module), files / f"{module}.py")
     shutil.copyfile(str(importlib.resources.files(__package__) / "overlay_model.py"), files / "model.py")
 
