@@ -90,6 +90,8 @@ def _on_gpu(path: str, options: Any, settings: Mapping[str, Any]) -> Any:
         RuntimeError: this ONNX Runtime has none, or cannot load it, or it cannot capture graphs of this model.
     """
     _load_provider()
+    # Memory on a GPU is looked for among plug-ins first, with a warning that there is none.
+    ort.set_default_logger_severity(3)
     wanted = {
         "device_id": str(settings.get("device_index", 0)),
         "use_tf32": "0",  # float32 is what level 1 promises

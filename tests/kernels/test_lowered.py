@@ -311,6 +311,27 @@ def test_the_same_as_onnx_is_proven_in_buckets_and_without_its_library(
     assert (text.count(b"JoinedAttention") > 0, b"Split_" in text) == (True, False)
 
 
+def test_onnx_that_cannot_be_captured_runs_without_graphs_and_says_why(onnx_library: str, tmp_path: Path) -> None:
+    of = model(Pooled())
+    maker, prove = on_cpu(of, tmp_path)
+    settings = {"device": "cuda", "precision": "float32"}
+    way = Lowering(level=1, precision="float32", format="onnx", settings=settings)
+
+    def captures_nothing(artifact: Any) -> Candidate:
+        refused = Candidate(format="onnx", settings=artifact.settings, reason="no CUDA graph of this model: Loop")
+        return refused if artifact.settings.get("graphs") else prove(artifact)
+
+    found = maker.candidate(way, [], captures_nothing)
+    assert found.passed, found.reason
+    assert "graphs" not in found.settings
+    assert found.decisions[0] == Skipped(what="CUDA graphs", reason="no CUDA graph of this model: Loop")
+    assert found.artifact is not None
+    assert not found.artifact.path.with_name("graphs.json").exists()
+    # In fewer bits the same form is tried, and nothing else.
+    (form,) = maker._forms(replace(way, level=2, precision="float16"), [found])
+    assert form == Form(precision="float16", graphs=False)
+
+
 @pytest.mark.parametrize(("precision", "level", "bound"), PRECISIONS)
 def test_onnx_is_captured_and_proven_on_the_gpu(
     precision: str, level: int, bound: float, onnx_library: str, tmp_path: Path

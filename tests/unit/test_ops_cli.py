@@ -72,7 +72,8 @@ def test_a_product_that_was_measured_goes_to_whoever_was_faster_and_says_the_fig
         return next(a for a in answers if a.runs and a.provider.runtime == "torch")
 
     assert runs("relu").provider.name == "cublaslt"
-    assert runs("relu").why == "measured on found with 64 rows: kpdeploy 9 µs, cublaslt 8 µs"
+    assert runs("relu").why == "measured on found in bfloat16 with 64 rows: kpdeploy 9 µs, cublaslt 8 µs"
+    assert runs("relu", dtype="float16").why == runs("relu").why  # as many bits, and no row of its own
     near, far = (runs("relu", sizes=dict(sizes, rows=rows)) for rows in (128, 129))
     assert near.why == runs("relu").why
     assert far.why.startswith("calls that no provider before it takes")
