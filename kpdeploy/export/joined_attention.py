@@ -39,6 +39,7 @@ def join(graph: Any) -> int:
     import onnx_ir as ir
 
     found = [(node, split) for node in graph if (split := _split_of(node)) is not None]
+    sizes = {value for _, split in found for value in split.inputs[1:] if value is not None}
     for node, split in found:
         joined = ir.node(
             NAME,
@@ -52,6 +53,9 @@ def join(graph: Any) -> int:
         graph.insert_before(node, [joined])
         ir.convenience.replace_all_uses_with(node.outputs[0], joined.outputs[0], replace_graph_outputs=True)
         graph.remove([node, split], safe=True)
+    for value in sizes:
+        if value.is_initializer() and not value.uses():
+            graph.initializers.pop(value.name)
     return len(found)
 
 
@@ -63,12 +67,22 @@ def _split_of(node: Any) -> Any:
     split = parts[0].producer() if parts[0] is not None else None
     if split is None or split.op_type != "Split" or tuple(parts) != tuple(split.outputs):
         return None
-    whole, sizes = split.inputs[0], split.inputs[1].const_value if len(split.inputs) > 1 else None
+    whole, sizes = split.inputs[0], _sizes_of(split)
     axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
     if sizes is None or whole.shape is None or axis not in (-1, len(whole.shape) - 1):
         return None
     heads, kv_heads = (node.attributes[name].as_int() for name in ("heads", "kv_heads"))
-    own, key, value = map(int, sizes.numpy())
+    own, key, value = sizes
     one_size = key == value and own * kv_heads == key * heads
     alone = all(len(part.uses()) == 1 and not part.is_graph_output() for part in parts)
     return split if one_size and alone else None
+
+
+def _sizes_of(split: Any) -> list[int] | None:
+    """The sizes of a Split's three parts, where they are known."""
+    if len(split.inputs) > 1:
+        known = split.inputs[1].const_value
+        return None if known is None else [int(size) for size in known.numpy()]
+    shape = split.inputs[0].shape
+    width = shape[-1] if shape is not None else None
+    return [width // 3] * 3 if isinstance(width, int) and width % 3 == 0 else None

@@ -127,7 +127,9 @@ COUNTS: list[tuple[str, Mapping[str, Any], str, dict[str, int]]] = [
 ]
 
 
-SIDE_BY_SIDE = ("BertConfig", "RobertaConfig", "DistilBertConfig", "ViTConfig", "CLIPTextConfig", "CLIPVisionConfig")
+SIDE_BY_SIDE = (
+    "BertConfig", "RobertaConfig", "DistilBertConfig", "GPT2Config", "ViTConfig", "CLIPTextConfig", "CLIPVisionConfig",
+)  # fmt: skip
 """Nothing comes between the product that gives queries, keys and values, and attention."""
 
 JOINED = {"GPT2Config": 0}

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -24,7 +25,6 @@ BOUND = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 def split_graph(shape: tuple[int, ...], dtype: torch.dtype, *, causal: bool, masked: bool, shown: bool = False) -> Any:
     """A graph as the exporter writes it, Split and Attention, as an onnx_ir.Model: inputs joined, lengths."""
-    import onnx_ir as ir
     from onnx import helper
 
     _, _, heads, kv_heads, size = shape
@@ -46,7 +46,6 @@ def split_graph(shape: tuple[int, ...], dtype: torch.dtype, *, causal: bool, mas
 
 
 def session(model: Any, library: str | None, provider: str = "CPUExecutionProvider") -> Any:
-    import onnx_ir as ir
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -98,6 +97,7 @@ def test_it_gives_what_attention_to_the_parts_gives(
     model = split_graph(shape, dtype, causal=causal, masked=masked)
     assert joined_attention.join(model.graph) == 1
     assert [node.op_type for node in model.graph] == ["JoinedAttention"]
+    assert "sizes" not in model.graph.initializers
     custom_ops.define(model)
     tensors, wanted = case(shape, dtype, causal, masked)
     found = answered(session(model, onnx_library), tensors, dtype)
@@ -122,6 +122,16 @@ def test_it_does_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype, onnx_libra
         assert error(answered(session(model, onnx_library, provider), tensors, dtype), wanted) <= BOUND[dtype]
 
 
+def test_equal_parts_are_known_by_their_number() -> None:
+    model = split_graph(SHAPES[0], torch.float32, causal=False, masked=False)
+    split = model.graph[0]
+    split.resize_inputs(1)
+    split.attributes.add(ir.AttrInt64("num_outputs", 3))
+    assert joined_attention.join(model.graph.clone()) == 0  # of an unknown width
+    model.graph.inputs[0].shape = ir.Shape(["batch", "seq", 9 * 64])
+    assert joined_attention.join(model.graph) == 1
+
+
 def test_a_split_whose_parts_are_wanted_elsewhere_stays() -> None:
     model = split_graph(SHAPES[0], torch.float32, causal=False, masked=False, shown=True)
     assert joined_attention.join(model.graph) == 0
@@ -129,8 +139,6 @@ def test_a_split_whose_parts_are_wanted_elsewhere_stays() -> None:
 
 
 def test_sizes_that_do_not_fit_the_heads_stay_too() -> None:
-    import onnx_ir as ir
-
     model = split_graph(SHAPES[0], torch.float32, causal=False, masked=False)
     model.graph.initializers["sizes"].const_value = ir.tensor(np.array([192, 128, 256]))
     assert joined_attention.join(model.graph) == 0
