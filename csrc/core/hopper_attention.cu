@@ -1073,7 +1073,10 @@ void run(const CudaAttention& a, int processors, void* stream) {
   c.sorts = a.offsets || (a.lengths && !a.causal);
   // What each run costs is known to nobody beforehand where both matter: the hardware hands them out.
   const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors * F::kBlocks, c.tiles);
-  launch_when(a.batch * a.queries <= kEarlyRows, attend<F>, blocks, 1, F::kThreads, F::kBytes, stream, c);
+  const int64_t rows = a.batch * a.queries;
+  const bool early = rows <= kEarlySpreadRows;
+  launch_when(early, attend<F>, blocks, 1, F::kThreads,
+              early ? spread_bytes(rows, blocks, processors, F::kBytes) : F::kBytes, stream, c);
 }
 
 constexpr int kMostBlocks = 16;  // of a cluster

@@ -10,7 +10,18 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kpdeploy.optimize.graph import (
-    argument, aten, calls, dtype, insert, is_call, parameter, same_shape, shape, sweep, take, used_once,
+    argument,
+    aten,
+    calls,
+    dtype,
+    insert,
+    is_call,
+    parameter,
+    same_shape,
+    shape,
+    sweep,
+    take,
+    used_once,
 )  # fmt: skip
 
 
