@@ -238,7 +238,7 @@ class Embeddings(torch.nn.Module):
 @pytest.mark.parametrize(
     ("shown", "learned", "tables"),
     [(False, False, 1), (True, False, 0), (False, True, 0)],
-    ids=["", "shown", "learned"],
+    ids=["known", "shown", "learned"],
 )
 def test_a_table_is_only_of_what_is_known_and_read_by_the_norm_alone(shown: bool, learned: bool, tables: int) -> None:
     module = Embeddings(shown=shown, learned=learned).eval()
