@@ -197,9 +197,18 @@ __device__ inline void let_next_kernel_begin() {
 #endif
 }
 
-// For how many rows, at most, a kernel should begin while the one ahead of it ends. In models of more, all kernels took a
-// tenth longer with such starts (benchmarks/README.md).
-constexpr int64_t kEarlyRows = 256;
+// For how many rows, at most, a kernel should begin while the one ahead of it ends: of products, and of norms and
+// attention. In models of more, all kernels took a tenth longer with such starts (benchmarks/README.md).
+constexpr int64_t kEarlyRows = 256, kEarlySpreadRows = 1024;
+
+// Shared memory to ask for, so that blocks which begin early do not crowd on the multiprocessors that are free then: no
+// more of them fit on one than it takes when all are free.
+inline size_t spread_bytes(int64_t rows, int64_t blocks, int processors, size_t bytes) {
+  constexpr int64_t kAll = 227 << 10, kReserved = 1024, kStatic = 256;  // of a multiprocessor; of each block
+  if (rows <= kEarlyRows || blocks > 8 * processors) return bytes;
+  const int64_t each = kAll / ((blocks + processors - 1) / processors) - kReserved - kStatic;
+  return each > static_cast<int64_t>(bytes) ? static_cast<size_t>(each) : bytes;
+}
 
 // From compute capability 9.0 on. `early`: the kernel may begin while the one ahead of it in the stream runs.
 template <class... Parameters, class... Arguments>

@@ -1070,10 +1070,13 @@ void run(const CudaAttention& a, int processors, void* stream) {
   c.tiles = c.heads * (a.offsets ? c.runs + c.batch : c.runs * c.batch);  // of packed ones, no more than these
   c.scale = a.scale * kLog2E;
   c.causal = a.causal;
-  c.sorts = a.offsets || (a.lengths && !a.causal);
+  c.sorts = a.offsets || (a.lengths && !a.causal && c.tiles > processors * F::kBlocks);  // else each block has one
   // What each run costs is known to nobody beforehand where both matter: the hardware hands them out.
   const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors * F::kBlocks, c.tiles);
-  launch_when(a.batch * a.queries <= kEarlyRows, attend<F>, blocks, 1, F::kThreads, F::kBytes, stream, c);
+  const int64_t rows = a.batch * a.queries;
+  const bool early = rows <= kEarlySpreadRows;
+  launch_when(early, attend<F>, blocks, 1, F::kThreads,
+              early ? spread_bytes(rows, blocks, processors, F::kBytes) : F::kBytes, stream, c);
 }
 
 constexpr int kMostBlocks = 16;  // of a cluster

@@ -198,8 +198,11 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const __grid_constant_
 // For rows that are few, the kernel begins while the one ahead of it ends, on a GPU that can.
 template <class Kernel, class... Arguments>
 void launch_rows(int64_t rows, Kernel kernel, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
-  if (blocks <= INT32_MAX && rows <= kEarlyRows && current_gpu().capability >= 90)
-    launch_clusters(kernel, static_cast<int>(blocks), 1, threads, 0, stream, arguments...);
+  const Gpu gpu = current_gpu();
+  const int64_t most = gpu.capability == 90 ? kEarlySpreadRows : kEarlyRows;  // others have less shared memory
+  if (blocks <= INT32_MAX && rows <= most && gpu.capability >= 90)
+    launch_clusters(kernel, static_cast<int>(blocks), 1, threads, spread_bytes(rows, blocks, gpu.processors, 0), stream,
+                    arguments...);
   else
     launch(kernel, blocks, threads, 0, stream, arguments...);
 }

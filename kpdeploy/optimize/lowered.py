@@ -14,7 +14,7 @@ from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
-from kpdeploy.optimize import fp8, pack, precision
+from kpdeploy.optimize import fp8, pack, positions, precision
 from kpdeploy.optimize.graph import name_of, parameter, sweep
 
 
@@ -53,6 +53,8 @@ def lowered(
     layers: tuple[fp8.Layer, ...] = ()
     with torch.no_grad():
         _fold(module)
+        if not dropped:  # tokens without padding are gathered once, behind the norm
+            positions.settle(module)
         # With its index: torch.export tells "cuda" from "cuda:0".
         precision.place(module, torch.empty(0, device=device).device)
         if bits != "float32":

@@ -76,6 +76,11 @@ def _norms(residual: bool, bias: bool) -> Iterator[tuple[str, Arguments]]:
     x, r = torch.randn(2, 7, 65)[:, :, 1:], torch.randn(2, 7, 64)  # starts off every boundary
     w, b = torch.randn(64), torch.randn(64)
     yield "off boundary", (x, *((r,) if residual else ()), w, *((b,) if bias else ()), 1e-5)
+    x, r = torch.randn(3, 70, 64), torch.randn(1, 70, 64).expand(3, 70, 64)
+    yield "one residual for all", (x, *((r,) if residual else ()), w, *((b,) if bias else ()), 1e-5)
+    x, r = torch.randn(1024, 768), torch.randn(1024, 768)  # begins early, spread over the chip
+    w, b = torch.randn(768), torch.randn(768)
+    yield "1024x768", (x, *((r,) if residual else ()), w, *((b,) if bias else ()), 1e-5)
 
 
 TILES = ((1600, 40, 1500), (1601, 37, 1501))
