@@ -5,7 +5,6 @@
 
 #include "cublaslt.h"
 
-#include <dlfcn.h>
 #include <string.h>
 
 #include <array>
@@ -13,6 +12,7 @@
 #include <mutex>
 
 #include "checks.h"
+#include "shared_library.h"
 
 namespace kpdeploy {
 namespace {
@@ -58,35 +58,22 @@ struct Library {
   bool there = false;
 };
 
-void* opened() {
-  // In a process with torch or ONNX Runtime's CUDA provider it is loaded already.
-  for (const int how : {RTLD_NOLOAD, 0})
-    for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12"})
-      if (void* library = dlopen(name, RTLD_LAZY | RTLD_LOCAL | how)) return library;
-  return nullptr;
-}
-
 const Library& library() {
   static const Library found = [] {
     Library l;
-    void* const file = opened();
-    if (!file) return l;
-    l.there = true;
-    const auto look_up = [&](auto& function, const char* name) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(file, name));
-      l.there = l.there && function;
-    };
-    look_up(l.create, "cublasLtCreate");
-    look_up(l.describe, "cublasLtMatmulDescCreate");
-    look_up(l.forget_description, "cublasLtMatmulDescDestroy");
-    look_up(l.set, "cublasLtMatmulDescSetAttribute");
-    look_up(l.lay_out, "cublasLtMatrixLayoutCreate");
-    look_up(l.forget_layout, "cublasLtMatrixLayoutDestroy");
-    look_up(l.prefer, "cublasLtMatmulPreferenceCreate");
-    look_up(l.forget_preference, "cublasLtMatmulPreferenceDestroy");
-    look_up(l.set_preference, "cublasLtMatmulPreferenceSetAttribute");
-    look_up(l.choose, "cublasLtMatmulAlgoGetHeuristic");
-    look_up(l.multiply, "cublasLtMatmul");
+    SharedLibrary file{"libcublasLt.so.13", "libcublasLt.so.12"};
+    file.look_up(l.create, "cublasLtCreate");
+    file.look_up(l.describe, "cublasLtMatmulDescCreate");
+    file.look_up(l.forget_description, "cublasLtMatmulDescDestroy");
+    file.look_up(l.set, "cublasLtMatmulDescSetAttribute");
+    file.look_up(l.lay_out, "cublasLtMatrixLayoutCreate");
+    file.look_up(l.forget_layout, "cublasLtMatrixLayoutDestroy");
+    file.look_up(l.prefer, "cublasLtMatmulPreferenceCreate");
+    file.look_up(l.forget_preference, "cublasLtMatmulPreferenceDestroy");
+    file.look_up(l.set_preference, "cublasLtMatmulPreferenceSetAttribute");
+    file.look_up(l.choose, "cublasLtMatmulAlgoGetHeuristic");
+    file.look_up(l.multiply, "cublasLtMatmul");
+    l.there = file.complete();
     return l;
   }();
   return found;

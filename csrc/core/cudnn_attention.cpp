@@ -7,8 +7,6 @@
 
 #include "cudnn_attention.h"
 
-#include <dlfcn.h>
-
 #include <array>
 #include <cmath>
 #include <deque>
@@ -20,6 +18,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "shared_library.h"
 
 namespace kpdeploy {
 namespace {
@@ -60,34 +59,21 @@ struct Library {
   bool there = false;
 };
 
-void* opened() {
-  // In a process with torch it is loaded already.
-  for (const int how : {RTLD_NOLOAD, 0})
-    if (void* library = dlopen("libcudnn.so.9", RTLD_LAZY | RTLD_LOCAL | how)) return library;
-  return nullptr;
-}
-
 const Library& library() {
   static const Library found = [] {
     Library l;
-    void* const file = opened();
-    if (!file) return l;
-    l.there = true;
-    const auto look_up = [&](auto& function, const char* name) {
-      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(file, name));
-      l.there = l.there && function;
-    };
-    look_up(l.version, "cudnnGetVersion");
-    look_up(l.create, "cudnnCreate");
-    look_up(l.set_stream, "cudnnSetStream");
-    look_up(l.make, "cudnnBackendCreateDescriptor");
-    look_up(l.forget, "cudnnBackendDestroyDescriptor");
-    look_up(l.set, "cudnnBackendSetAttribute");
-    look_up(l.get, "cudnnBackendGetAttribute");
-    look_up(l.finalize, "cudnnBackendFinalize");
-    look_up(l.execute, "cudnnBackendExecute");
+    SharedLibrary file{"libcudnn.so.9"};
+    file.look_up(l.version, "cudnnGetVersion");
+    file.look_up(l.create, "cudnnCreate");
+    file.look_up(l.set_stream, "cudnnSetStream");
+    file.look_up(l.make, "cudnnBackendCreateDescriptor");
+    file.look_up(l.forget, "cudnnBackendDestroyDescriptor");
+    file.look_up(l.set, "cudnnBackendSetAttribute");
+    file.look_up(l.get, "cudnnBackendGetAttribute");
+    file.look_up(l.finalize, "cudnnBackendFinalize");
+    file.look_up(l.execute, "cudnnBackendExecute");
     // Attention in 9.10.0 and 9.10.1 has bugs that cudnn-frontend refuses them for.
-    l.there = l.there && l.version() != 91000 && l.version() != 91001;
+    l.there = file.complete() && l.version() != 91000 && l.version() != 91001;
     return l;
   }();
   return found;
