@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ WORKS = (
     Work(model="bert", sizes={"batch": 32, "seq": 384}, tokens=0.5, goals=goals(3.0, 2.6)),
     Work(model="vit", sizes={"batch": 32}, goals=goals(1.5, 1.5)),
     Work(model="llama", sizes={"batch": 1, "seq": 2048}, goals=goals(1.5, 1.5)),
+    Work(model="llama-step-1", sizes={}, goals=goals(1.5, 1.5)),
+    Work(model="llama-step-32", sizes={}, goals=goals(1.5, 1.5)),
 )
 
 
@@ -105,17 +108,21 @@ class Vit(torch.nn.Module):
         return logits
 
 
-class Llama(torch.nn.Module):
-    """The sizes of Llama 3.2 1B; logits of the last token, as a prefill needs them."""
+LLAMA = {
+    "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+}  # fmt: skip
+"""The sizes of Llama 3.2 1B."""
 
-    def __init__(self) -> None:
+
+class Llama(torch.nn.Module):
+    """Logits of the last token, as a prefill needs them."""
+
+    def __init__(self, sizes: Mapping[str, int] = LLAMA) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        config = LlamaConfig(
-            vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, use_cache=False, max_position_embeddings=8192,
-        )  # fmt: skip
+        config = LlamaConfig(**sizes, tie_word_embeddings=True, max_position_embeddings=8192)
         self.model = LlamaForCausalLM(config)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -123,10 +130,30 @@ class Llama(torch.nn.Module):
         return logits
 
 
+class LlamaStep(Llama):
+    """Logits of one token more for each of `batch` rows, behind `cached` ones, whose keys and values are held as weights
+    are. The graph reads them all and writes them with one more, as a cache in a list does; so does the peer."""
+
+    def __init__(self, batch: int, cached: int = 2047, sizes: Mapping[str, int] = LLAMA) -> None:
+        super().__init__(sizes)
+        shape = (sizes["num_hidden_layers"], batch, sizes["num_key_value_heads"], cached, sizes["head_dim"])
+        self.register_buffer("keys", torch.randn(shape))
+        self.register_buffer("values", torch.randn(shape))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(zip(self.keys, self.values, strict=True)))
+        logits: torch.Tensor = self.model(input_ids=input_ids, past_key_values=cache).logits
+        return logits
+
+
 MODELS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[str, ...]]] = {
     "bert": (Bert, ("input_ids:int64[batch=1..32,seq=1..384]{0..30521}", "attention_mask:int64[batch,seq]{mask}")),
     "vit": (Vit, ("pixel_values:float32[batch=1..32,3,224,224]",)),
     "llama": (Llama, ("input_ids:int64[batch=1..2,seq=1..2048]{0..128255}",)),
+    "llama-step-1": (partial(LlamaStep, 1), ("input_ids:int64[1,1]{0..128255}",)),
+    "llama-step-32": (partial(LlamaStep, 32), ("input_ids:int64[32,1]{0..128255}",)),
 }
 
 
@@ -220,16 +247,19 @@ def ceilings() -> dict[str, float]:
 
 
 def floor_us(module: torch.nn.Module, work: Work, top: Mapping[str, float]) -> float:
-    """Operations of the products and attention at the rate of a large product, or the weights' bytes at a copy's."""
+    """Operations of the products and attention at the rate of a large product, or the bytes of weights and cached keys
+    and values at a copy's."""
     linears = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    held = 2 * (sum(m.weight.numel() for m in linears) + sum(b.numel() for b in module.buffers() if b.dim() == 5))
+    if isinstance(module, LlamaStep):
+        return held / top["copy_gbs"] / 1e3
     tokens = math.prod(work.sizes.values()) if "seq" in work.sizes else work.sizes["batch"] * 197
     length, layers, width = work.sizes.get("seq", 197), *ATTENTION[work.model]
     # Of random lengths l the mean of l squared is 4/3 of the square of the mean.
     seen = length * work.tokens * (4 / 3 if work.tokens < 1 else 1) * (1 / 2 if work.model == "llama" else 1)
     products = 2 * sum(m.weight.numel() for m in linears if m.out_features < 100_000) * tokens * work.tokens
     operations = products + 4 * layers * width * tokens * work.tokens * seen
-    weights = 2 * sum(m.weight.numel() for m in linears)
-    return max(operations / top["bf16_tflops"] / 1e6, weights / top["copy_gbs"] / 1e3)
+    return max(operations / top["bf16_tflops"] / 1e6, held / top["copy_gbs"] / 1e3)
 
 
 def fused_of(model: Any, folder: Path) -> Capture:
