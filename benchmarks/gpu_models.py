@@ -131,7 +131,7 @@ class Llama(torch.nn.Module):
 
 
 class LlamaStep(Llama):
-    """Logits of one token more for each of `batch` rows, behind `cached` ones, whose keys and values are held as weights
+    """Logits of one token more for each row, behind `cached` ones, whose keys and values are held as weights
     are. The graph reads them all and writes them with one more, as a cache in a list does; so does the peer."""
 
     def __init__(self, batch: int, cached: int = 2047, sizes: Mapping[str, int] = LLAMA) -> None:
