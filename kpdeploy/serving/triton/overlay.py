@@ -45,8 +45,8 @@ BACKENDS = {
 
 
 def backend_of(manifest: Manifest) -> str:
-    """That of one version."""
-    return "python" if holds_model_py(manifest) else BACKENDS[manifest.format]
+    """That of one version. A format that is none of ours is served by the backend of its name."""
+    return "python" if holds_model_py(manifest) else BACKENDS.get(manifest.format, manifest.format)
 
 
 @dataclass(frozen=True, kw_only=True)
