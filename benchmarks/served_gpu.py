@@ -50,10 +50,11 @@ def bare(manifest: Manifest, folder: Path) -> Run:
 
 def over_grpc(client: Any, manifest: Manifest, arrays: Mapping[str, Array]) -> Callable[[], list[Array]]:
     import tritonclient.grpc as wire
+    from tritonclient.utils import np_to_triton_dtype
 
     sent = []
     for name, array in arrays.items():
-        tensor = wire.InferInput(name, array.shape, "INT64" if array.dtype == np.int64 else "FP32")
+        tensor = wire.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
         tensor.set_data_from_numpy(array)
         sent.append(tensor)
 

@@ -34,7 +34,7 @@ class FusedInBf16:
         if fusion is None or fusion.capture is None:
             return found
         for dropped in (True, False) if fusion.packed is not None else (False,):
-            wanted = {**way.settings, "padding": "dropped", **settings} if dropped else settings
+            wanted = {**settings, "padding": "dropped"} if dropped else settings
             found = replace(found, settings=wanted)
             try:
                 lowered = self._lowered(fusion.capture, way.precision, dropped=dropped)
