@@ -136,14 +136,15 @@ class LlamaStep(Llama):
 
     def __init__(self, batch: int, cached: int = 2047, sizes: Mapping[str, int] = LLAMA) -> None:
         super().__init__(sizes)
+        from transformers.cache_utils import DynamicCache
+
+        self.cache_type = DynamicCache  # torch.compile does not trace the lazy import of it
         shape = (sizes["num_hidden_layers"], batch, sizes["num_key_value_heads"], cached, sizes["head_dim"])
         self.register_buffer("keys", torch.randn(shape))
         self.register_buffer("values", torch.randn(shape))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(list(zip(self.keys, self.values, strict=True)))
+        cache = self.cache_type(list(zip(self.keys, self.values, strict=True)))
         logits: torch.Tensor = self.model(input_ids=input_ids, past_key_values=cache).logits
         return logits
 
