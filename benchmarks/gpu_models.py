@@ -293,6 +293,15 @@ def programs(capture: Capture, precision: str, works: Sequence[Work], samples: S
     return loaded
 
 
+def in_bfloat16(module: torch.nn.Module) -> torch.nn.Module:
+    """A copy as `from_pretrained(dtype=bfloat16)` makes it: frequencies of rotary embeddings stay in float32."""
+    made = copy.deepcopy(module).bfloat16()
+    for part, plain in zip(made.modules(), module.modules(), strict=True):
+        if "inv_freq" in part._buffers:
+            part._buffers["inv_freq"] = plain._buffers["inv_freq"]
+    return made
+
+
 def error_of(answer: Any, expected: Any) -> float:
     return float(np.linalg.norm(np.asarray(answer, np.float64) - expected) / np.linalg.norm(expected))
 
@@ -359,7 +368,7 @@ def measured(name: str, options: argparse.Namespace, top: Mapping[str, float]) -
             except ExportFailed as error:
                 print(f"   {precision}: {error}", flush=True)
         module = module.cuda()
-        peer = None if options.no_peer else Compiled(copy.deepcopy(module).bfloat16(), {})
+        peer = None if options.no_peer else Compiled(in_bfloat16(module), {})
         for work in works:
             arrays = inputs_of(work, model.signature, rng)
             row, replays = row_of(work, arrays, module, run, peer)

@@ -128,7 +128,18 @@ def _rewrite(found: Attention) -> None:
 
 
 def _packed(before: Node, tensor: Node) -> Node:
-    """[B, S, heads·D] of a tensor [B, heads, S, D]: what it was made from, or a copy."""
+    """[B, S, heads·D] of a tensor [B, heads, S, D]: what it was made from, or a copy.
+
+    Keys behind cached ones are packed apart and put together packed: one copy of the cache and not two, and none to
+    pack it where it is a constant.
+    """
+    if is_call(tensor, aten.cat.default) and tensor.args[1] in (-2, 2):
+        # A cache begins as an empty tensor of one axis, which torch.cat passes over.
+        parts: Any = tensor.args[0]
+        parts = [part for part in parts if len(shape(part)) == 4]
+        joined = insert(before, aten.cat.default, ([_packed(before, part) for part in parts], 1))
+        joined.meta["val"] = tensor.meta["val"].transpose(1, 2).flatten(2)
+        return joined
     if is_call(tensor, aten.transpose.int) and set(tensor.args[1:]) == {1, 2}:
         split: Any = tensor.args[0]
         if is_call(split, aten.view.default, aten.reshape.default):

@@ -140,7 +140,7 @@ _VIEWS = (aten.view.default, aten.reshape.default, aten.expand.default)
 def _is_identity(node: Any) -> bool:
     if is_call(node, aten.dropout.default):
         return not node.args[2]
-    if is_call(node, aten.alias.default):
+    if is_call(node, aten.alias.default, aten.detach.default, aten.detach_.default):
         return True
     if is_call(node, *_CASTS):
         source = node.args[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.optimize import fp8, pack, positions, precision
-from kpdeploy.optimize.graph import name_of, parameter, sweep
+from kpdeploy.optimize.graph import aten, is_call, name_of, parameter, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +76,48 @@ def _weights_are_held(node: Node) -> bool:
     return all(value.op == "get_attr" for value in taken if isinstance(value, Node))
 
 
+MADE = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.scalar_tensor.default)
+"""What gives the same tensor each time, of numbers alone."""
+
+
 def _fold(module: GraphModule) -> None:
     """What a graph computes of weights alone is computed now: once, and a constant to the kernels."""
+    held: dict[Node, Any] = {}
     for node in list(module.graph.nodes):
-        if not isinstance(node.target, torch._ops.OpOverload) or node.is_impure():
+        if (value := _constant(module, node, held)) is not None:
+            held[node] = value
+    for node, value in held.items():
+        outside = [user for user in node.users if user not in held]
+        if node.op == "get_attr" or not outside or not isinstance(value, torch.Tensor):
             continue
-        makers = node.all_input_nodes
-        held = {maker: parameter(module, maker) for maker in makers}
-        if makers and all(tensor is not None for tensor in held.values()):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
-            value = node.target(*args, **kwargs)
-            if isinstance(value, torch.Tensor):
-                module.register_buffer(f"folded_{node.name}", value.detach())
-                with module.graph.inserting_before(node):
-                    made = module.graph.get_attr(f"folded_{node.name}")
-                made.meta["val"] = node.meta.get("val", value)
-                node.replace_all_uses_with(made)
+        module.register_buffer(f"folded_{node.name}", value.detach())
+        with module.graph.inserting_before(node):
+            made = module.graph.get_attr(f"folded_{node.name}")
+        made.meta["val"] = node.meta.get("val", value)
+        node.replace_all_uses_with(made)
     sweep(module)
+    _forget(module)
+
+
+def _constant(module: GraphModule, node: Node, held: dict[Node, Any]) -> Any:
+    """What a node gives if all that it takes is held: a tensor, or several; else None."""
+    if node.op == "get_attr":
+        return parameter(module, node)
+    known = isinstance(node.target, torch._ops.OpOverload) and not node.is_impure()
+    made = not node.all_input_nodes and is_call(node, *MADE)
+    if not (known or node.target is operator.getitem) or not (node.all_input_nodes or made):
+        return None
+    if any(maker not in held for maker in node.all_input_nodes):
+        return None
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _forget(module: GraphModule) -> None:
+    """Let go of the tensors that the graph does not read."""
+    names = (str(node.target).rpartition(".") for node in module.graph.nodes if node.op == "get_attr")
+    read = {(module.get_submodule(owner), own) for owner, _, own in names}
+    for part in list(module.modules()):
+        for own in [*part._parameters, *part._buffers]:
+            if (part, own) not in read:
+                delattr(part, own)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from kpdeploy.optimize.graph import aten, insert, sweep
+from kpdeploy.optimize.graph import aten, insert, is_call, parameter, sweep
 
 KERNELS = (
     aten.linear.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.conv1d.default,
@@ -36,16 +36,35 @@ def _moved(value: Any, device: torch.device) -> Any:
 def lower(module: GraphModule, dtype: torch.dtype) -> None:
     """Let a float32 module compute in another dtype, in place. Its inputs and outputs stay float32.
 
-    What a graph computes in float32 on its own, such as positions, meets the kernels in their dtype.
+    What a graph computes in float32 on its own, such as positions, meets the kernels in their dtype. Angles stay in
+    float32: the 2047th position times a frequency of 8 bits is turns away from where it was.
     """
+    angles = _angles(module)
+    kept = {str(node.target): parameter(module, node) for node in angles if node.op == "get_attr"}
     module.to(dtype)
+    for name, tensor in kept.items():
+        owner, _, own = name.rpartition(".")
+        module.get_submodule(owner)._buffers[own] = tensor
     casts: dict[tuple[Node, torch.dtype], Node] = {}
     for node in list(module.graph.nodes):
         if node.op == "output":
             node.args = torch.fx.node.map_arg(node.args, partial(_cast, casts, node, torch.float32))
-        elif _is_kernel(node):
+        elif _is_kernel(node) and node not in angles:
             node.args = torch.fx.node.map_arg(node.args, partial(_cast, casts, node, dtype))
     sweep(module)
+
+
+def _angles(module: GraphModule) -> set[Node]:
+    """What leads to a sine or cosine and to nothing else: an outer product of positions and frequencies, say, but no
+    layer of a network. Frequencies are buffers; what is trained goes with the rest."""
+    found: set[Node] = set()
+    for node in reversed(module.graph.nodes):
+        alone = bool(node.users) and all(user in found for user in node.users)
+        layer = _is_kernel(node) and not is_call(node, aten.matmul.default, aten.bmm.default)
+        trained = node.op == "get_attr" and isinstance(parameter(module, node), torch.nn.Parameter)
+        if is_call(node, aten.sin.default, aten.cos.default) or (alone and not layer and not trained):
+            found.add(node)
+    return found
 
 
 def _is_kernel(node: Any) -> bool:

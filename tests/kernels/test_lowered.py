@@ -66,6 +66,23 @@ class Rotary(torch.nn.Module):
         return found[:, 0]
 
 
+class Step(torch.nn.Module):
+    """One token behind cached ones, whose keys and values it holds."""
+
+    def __init__(self, cached: int = 4095) -> None:
+        super().__init__()
+        config = transformers.LlamaConfig(**SMALL, num_key_value_heads=1, max_position_embeddings=cached + 1)
+        self.model, self.cache_type = transformers.LlamaModel(config), transformers.DynamicCache
+        shape = (config.num_hidden_layers, 1, 1, cached, config.hidden_size // config.num_attention_heads)
+        self.register_buffer("keys", 3 * torch.randn(shape))
+        self.register_buffer("values", torch.randn(shape))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        cache = self.cache_type(list(zip(self.keys, self.values, strict=True)))
+        found: torch.Tensor = self.model(input_ids=input_ids, past_key_values=cache).last_hidden_state
+        return found[:, 0]
+
+
 class Image(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -217,6 +234,41 @@ def test_embeddings_of_positions_are_one_table(capture: Capture, bert: Model, bi
         with torch.no_grad():
             found = module(*map(torch.from_numpy, inputs.values()))[0].numpy()
         assert relative_error(found, answer(bert, inputs)) <= (1e-5 if bits == "float32" else 2e-2), point
+
+
+def test_a_cache_is_not_copied_but_to_append_to_it(tmp_path: Path) -> None:
+    step = model(Step(), ("input_ids:int64[1,1]{0..99}",))
+    source = _fused(Capture(step, tmp_path), (), ()).capture
+    assert source is not None
+    made = lowered(source.program, bits="bfloat16", dropped=False, device="cpu").module
+    caches = [node for node in made.graph.nodes if node.target is torch.ops.aten.cat.default and node.args[1] == 1]
+    assert len(caches) == 4  # keys and values of two layers
+    assert all(node.args[0][0].op == "get_attr" for node in caches)
+    assert not any("keys" in name for name, _ in made.named_buffers())
+    inputs = sample(step.signature, {}, np.random.default_rng())
+    with torch.no_grad():
+        found = made(*map(torch.from_numpy, inputs.values()))[0].numpy()
+    assert relative_error(found, answer(step, inputs)) <= 1e-2
+
+
+class Angles(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", 10000 ** (-torch.arange(0, 16) / 16))
+        self.linear = torch.nn.Linear(16, 16)
+
+    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+        turned: torch.Tensor = self.linear((positions.float() @ self.frequencies[None]).cos())
+        return turned
+
+
+def test_angles_are_computed_in_float32() -> None:
+    turns = Angles().eval()
+    positions = torch.arange(2000, 2048)[:, None]
+    made = lowered(torch.export.export(turns, (positions,)), bits="bfloat16", dropped=False, device="cpu").module
+    assert {t.dtype for t in made.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert relative_error(made(positions).numpy(), turns(positions).numpy()) <= 1e-2
 
 
 class Embeddings(torch.nn.Module):
