@@ -15,7 +15,7 @@ from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
-from kpdeploy.optimize import fp8, pack, positions, precision
+from kpdeploy.optimize import fp8, pack, positions, precision, read_rows
 from kpdeploy.optimize.graph import aten, is_call, name_of, parameter, sweep
 
 
@@ -56,6 +56,7 @@ def lowered(
         _fold(module)
         if not dropped:  # tokens without padding are gathered once, behind the norm
             positions.settle(module)
+        read_rows.settle(module, attention=not dropped)
         # With its index: torch.export tells "cuda" from "cuda:0".
         precision.place(module, torch.empty(0, device=device).device)
         if bits != "float32":
