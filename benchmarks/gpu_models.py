@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from cuda_kernels import versions
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kpdeploy.decision import Applied
 from kpdeploy.errors import ExportFailed
@@ -205,6 +206,9 @@ def profiled(replay: Callable[[], Any]) -> list[tuple[float, int, str]]:
     return sorted(events, reverse=True)[:16]
 
 
+FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+
+
 @dataclass
 class Compiled:
     """torch.compile's best of a module in bfloat16, in a CUDA graph for each size."""
@@ -225,6 +229,15 @@ class Compiled:
         return graph.replay, out
 
     def _captured(self, tensors: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+        """With fused attention where torch has it for these tensors: by itself it takes products in float32 for some."""
+        try:
+            with sdpa_kernel(FUSED):
+                return self._captured_so(tensors)
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            print(f"   without fused attention: {error}"[:200], flush=True)
+            return self._captured_so(tensors)
+
+    def _captured_so(self, tensors: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
         torch._dynamo.reset()
         best = torch.compile(self.module, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
         stream = torch.cuda.Stream()
