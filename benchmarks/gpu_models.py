@@ -229,7 +229,7 @@ class Compiled:
         return graph.replay, out
 
     def _captured(self, tensors: list[torch.Tensor]) -> tuple[Any, list[torch.Tensor], torch.Tensor]:
-        """With fused attention where torch has it for these tensors: by itself it takes products in float32 for some."""
+        """With fused attention where torch has it: for some sizes it takes products in float32 by itself."""
         try:
             with sdpa_kernel(FUSED):
                 return self._captured_so(tensors)
