@@ -55,7 +55,7 @@ def errors(small: bool, library: str) -> Iterator[Row]:
                 tiles = what in {"x".join(map(str, tile)) for tile in cuda.TILES}
                 if small and not tiles and cuda.size_of(plain) > 20_000:
                     continue
-                call = to_dtype(plain, kind)
+                call = to_dtype(plain, kind, op)
                 refs = cuda.expected(op, call)
                 row: Row = {"op": name, "dtype": dtype, "case": what, "tolerance": tolerance("kpdeploy", dtype, what)}
                 row["torch"] = error_of(lambda op=op, call=call: cuda.through_torch(op, call), refs)

@@ -132,7 +132,7 @@ def write_calls(folder: Path) -> list[dict[str, Any]]:
         assert len(chosen) == len(wanted), op.name
         for _, what, plain in chosen:
             for dtype in ROUNDING:
-                arguments = to_dtype(plain, getattr(torch, dtype))
+                arguments = to_dtype(plain, getattr(torch, dtype), op)
                 call = f"{len(told):03}"
                 model = onnx_model(op, arguments)
                 (folder / f"{call}.onnx").write_bytes(model)
@@ -164,7 +164,8 @@ def worst_error(folder: Path, calls: list[dict[str, Any]]) -> dict[str, float]:
     found = dict.fromkeys(ROUNDING, 0.0)
     for call in calls:
         case = next(a for _, what, a in cases_of(call["op"]) if what == call["what"])
-        refs = reference(OPS[call["op"]], to_dtype(case, getattr(torch, call["dtype"])))
+        op = OPS[call["op"]]
+        refs = reference(op, to_dtype(case, getattr(torch, call["dtype"]), op))
         written = np.load(folder / f"{call['id']}.out.npz")
         for index, ref in enumerate(refs):
             out = torch.from_numpy(written[f"o{index}"])

@@ -31,6 +31,7 @@ const kpdeploy::CudaKernels* kpdeploy::cuda_kernels() {
       {attention<float>, attention<bf16>, attention<f16>},
       {nullptr, fp8_attention_operands<bf16>, fp8_attention_operands<f16>},
       fp8_attention,
+      {rotary<float>, rotary<bf16>, rotary<f16>},
   };
   return &table;
 }

@@ -251,11 +251,25 @@ struct Gpu {
 // The current device.
 Gpu current_gpu();
 
-// The entries of the table, from linear.cu, norm.cu and attention.cu; cuda.cu gathers them.
+// For rows that are few, the kernel begins while the one ahead of it ends, on a GPU that can.
+template <class Kernel, class... Arguments>
+void launch_rows(int64_t rows, Kernel kernel, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
+  const Gpu gpu = current_gpu();
+  const int64_t most = gpu.capability == 90 ? kEarlySpreadRows : kEarlyRows;  // others have less shared memory
+  if (blocks <= INT32_MAX && rows <= most && gpu.capability >= 90)
+    launch_clusters(kernel, static_cast<int>(blocks), 1, threads, spread_bytes(rows, blocks, gpu.processors, 0), stream,
+                    arguments...);
+  else
+    launch(kernel, blocks, threads, 0, stream, arguments...);
+}
+
+// The entries of the table, from linear.cu, norm.cu, attention.cu and others; cuda.cu gathers them.
 template <class T>
 void norm(const CudaNorm& a, void* stream);
 template <class T>
 void quantize(const CudaQuantize& a, void* stream);
+template <class T>
+void rotary(const CudaRotary& a, void* stream);
 template <class T>
 void linear(const CudaLinear& a, void* stream);
 void fp8_linear(const CudaLinear& a, void* stream);

@@ -32,6 +32,12 @@ struct CudaQuantize {
   int64_t rows, n;
 };
 
+// heads of `size` in each of the rows, their first `turned` columns turned. Row r goes with row r % tables of cos and sin.
+struct CudaRotary {
+  Walk x, cos, sin, out;
+  int64_t rows, tables, heads, size, turned;
+};
+
 // [n][k], rows `stride` elements apart.
 struct CudaMatrix {
   const void* data;
@@ -109,6 +115,7 @@ struct CudaKernels {
   void (*attention[3])(const CudaAttention&, void* stream);
   void (*fp8_attention_operands[3])(const CudaFp8Operands&, void* stream);  // none of F32
   void (*fp8_attention)(const CudaFp8Attention&, void* stream);
+  void (*rotary[3])(const CudaRotary&, void* stream);
 };
 
 // Null where this library was built without CUDA.

@@ -18,6 +18,7 @@ namespace {
 #include "norm_kernel.h"
 // after linear_kernel.h
 #include "attention_kernel.h"
+#include "rotary_kernel.h"
 
 }  // namespace
 
@@ -36,6 +37,7 @@ const Kernels table = {
     {gate_row<float>, gate_row<bf16>},
     attention_scratch,
     {attention_block<float>, attention_block<bf16>},
+    {rotary_row<float>, rotary_row<bf16>},
 };
 
 }  // namespace KPDEPLOY_ISA

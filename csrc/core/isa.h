@@ -67,6 +67,8 @@ struct Kernels {
   void (*gate_row[2])(const void* gate, const void* up, void* out, int64_t n);
   int64_t (*attention_scratch)(int64_t queries, int64_t head_size);
   void (*attention_block[2])(const AttentionBlock&);
+  void (*rotary_row[2])(const void* x, const float* cos, const float* sin, void* out, int64_t heads, int64_t size,
+                        int64_t turned);
 };
 
 // The kernels of the chosen instruction set.

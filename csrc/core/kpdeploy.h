@@ -206,6 +206,11 @@ int kpdeploy_fp8_add_rms_norm(const kpdeploy_context* context, const kpdeploy_te
                               const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
                               const kpdeploy_tensor* sum, const kpdeploy_tensor* quantized);
 
+/* Heads turned by their positions: x and out [B, S, heads*D]; cos and sin float32 [1 or B, S, R], R even, at most D. Of the
+ * first R columns h of each head h * cos + (-second half of h, first half of h) * sin, in float32; the others stay. */
+int kpdeploy_rotary_embedding(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* cos,
+                              const kpdeploy_tensor* sin, int64_t heads, const kpdeploy_tensor* out);
+
 /* The activation of a name (none, relu, gelu, gelu_tanh, silu), or -1. */
 int kpdeploy_activation_of(const char* name);
 

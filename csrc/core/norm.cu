@@ -195,18 +195,6 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const __grid_constant_
   for (int i = 0; i < kAtOnce && at + i < a.n; ++i) store_f8<1>(to + i, {to_float(from[i])}, inverse);
 }
 
-// For rows that are few, the kernel begins while the one ahead of it ends, on a GPU that can.
-template <class Kernel, class... Arguments>
-void launch_rows(int64_t rows, Kernel kernel, int64_t blocks, int threads, void* stream, const Arguments&... arguments) {
-  const Gpu gpu = current_gpu();
-  const int64_t most = gpu.capability == 90 ? kEarlySpreadRows : kEarlyRows;  // others have less shared memory
-  if (blocks <= INT32_MAX && rows <= most && gpu.capability >= 90)
-    launch_clusters(kernel, static_cast<int>(blocks), 1, threads, spread_bytes(rows, blocks, gpu.processors, 0), stream,
-                    arguments...);
-  else
-    launch(kernel, blocks, threads, 0, stream, arguments...);
-}
-
 template <class T, int kVector, int kChunks>
 void norm_in(const CudaNorm& a, bool in_warp, void* stream) {
   // A few rows are spread over the chip, a warp a block.

@@ -70,7 +70,7 @@ int32_t machine_threads() {
   return threads;
 }
 
-// Of kInputs below: T a tensor of the op's dtype, t an optional one, L int64, l optional int64.
+// Of kInputs below: T a tensor of the op's dtype, t an optional one, F float32, L int64, l optional int64.
 bool is_optional(char kind) { return kind == 't' || kind == 'l'; }
 bool is_int64(char kind) { return kind == 'L' || kind == 'l'; }
 
@@ -360,6 +360,20 @@ struct AddRmsNorm {
   float eps;
 };
 
+struct RotaryEmbedding {
+  static constexpr const char* kName = "RotaryEmbedding";
+  static constexpr const char* kInputs = "TFF";
+  static constexpr int kOutputs = 1;
+  RotaryEmbedding(const Ort::ConstKernelInfo& info, kpdeploy_device) : heads(info.GetAttribute<int64_t>("heads")) {}
+  void compute(Run& run) const {
+    const kpdeploy_tensor* out = run.output(0, run.sizes(0));
+    run.call([&](const kpdeploy_context* c) {
+      return kpdeploy_rotary_embedding(c, run.input(0), run.input(1), run.input(2), heads, out);
+    });
+  }
+  int64_t heads;
+};
+
 template <class Body>
 OrtStatusPtr status_of(const Body& body) noexcept {
   try {
@@ -393,7 +407,10 @@ struct Op : Ort::CustomOpBase<Op<Kernel, type, device>, Computing<Kernel, device
     return device == KPDEPLOY_CUDA ? "CUDAExecutionProvider" : "CPUExecutionProvider";
   }
   size_t GetInputTypeCount() const { return std::char_traits<char>::length(Kernel::kInputs); }
-  Type GetInputType(size_t i) const { return is_int64(Kernel::kInputs[i]) ? kInt64 : type; }
+  Type GetInputType(size_t i) const {
+    const char kind = Kernel::kInputs[i];
+    return is_int64(kind) ? kInt64 : kind == 'F' ? kFloat : type;
+  }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {
     return is_optional(Kernel::kInputs[i]) ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
   }
@@ -426,6 +443,7 @@ Ort::CustomOpDomain& domain() {
     add<RmsNorm>(d);
     add<AddLayerNorm>(d);
     add<AddRmsNorm>(d);
+    add<RotaryEmbedding>(d);
     return d;
   }();
   return made;

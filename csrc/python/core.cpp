@@ -188,6 +188,15 @@ void add_rms_norm(const py::array& x, const py::array& residual, const py::array
   });
 }
 
+void rotary_embedding(const py::array& x, const py::array& cos, const py::array& sin, int heads, const py::array& out,
+                      int threads) {
+  const Array a(x), c(cos), s(sin);
+  const OutArray o(out);
+  run(threads, [&](const kpdeploy_context* context) {
+    return kpdeploy_rotary_embedding(context, &a.view, &c.view, &s.view, heads, &o.view);
+  });
+}
+
 void use_isa(const std::string& name) {
   if (kpdeploy_use_isa(name.c_str()) != KPDEPLOY_OK) throw py::value_error("this CPU has no " + name);
 }
@@ -217,6 +226,8 @@ PYBIND11_MODULE(_core, module) {
              py::arg("threads") = 1);
   module.def("add_layer_norm", add_layer_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
              py::arg("eps"), py::arg("normalized"), py::arg("sum"), py::arg("threads") = 1);
+  module.def("rotary_embedding", rotary_embedding, py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("heads"),
+             py::arg("out"), py::arg("threads") = 1);
   module.def("add_rms_norm", add_rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("eps"),
              py::arg("normalized"), py::arg("sum"), py::arg("threads") = 1);
 }

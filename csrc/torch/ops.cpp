@@ -477,6 +477,14 @@ std::tuple<Tensor, Tensor, Tensor> fp8_add_rms_norm(Tensor x, Tensor residual, T
   return {normalized, sum, quantized};
 }
 
+Tensor rotary_embedding(Tensor x, Tensor cos, Tensor sin, int64_t heads) {
+  make_dense(x, cos, sin);
+  Tensor out = dense_like(x);
+  const View a(x), c(cos), s(sin), o(out);
+  run(a, [&](const kpdeploy_context* context) { return kpdeploy_rotary_embedding(context, a, c, s, heads, o); });
+  return out;
+}
+
 struct Op {
   const char* name;
   const char* schema;
@@ -518,6 +526,8 @@ const Op kOps[] = {
     {"add_rms_norm",
      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor normalized, Tensor sum)",
      TORCH_BOX(&add_rms_norm)},
+    {"rotary_embedding", "rotary_embedding(Tensor x, Tensor cos, Tensor sin, int heads) -> Tensor",
+     TORCH_BOX(&rotary_embedding)},
     {"fp8_quantize", "fp8_quantize(Tensor x, Tensor scale) -> Tensor", TORCH_BOX(&fp8_quantize)},
     {"fp8_gated_linear",
      "fp8_gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor x_scale, Tensor gate_scale, "

@@ -57,7 +57,7 @@ def schema(op: Op) -> Any:
 
     kinds = {"int": "INT", "bool": "INT", "float": "FLOAT", "str": "STRING"}
     required, parameter = defs.OpSchema.AttrType, defs.OpSchema.FormalParameter
-    inputs = [parameter(name, _type(name)) for kind, name in op.parameters if _is_tensor(kind)]
+    inputs = [parameter(name, _type(op, name)) for kind, name in op.parameters if _is_tensor(kind)]
     attributes = [
         defs.OpSchema.Attribute(name, getattr(required, kinds[kind]), required=True)
         for kind, name in op.parameters
@@ -76,7 +76,9 @@ def schema(op: Op) -> Any:
     )
 
 
-def _type(name: str) -> str:
+def _type(op: Op, name: str) -> str:
+    if name in op.wide:
+        return "tensor(float)"
     return "tensor(int64)" if name in ("lengths", "offsets") else "T"
 
 

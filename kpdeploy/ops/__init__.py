@@ -29,6 +29,7 @@ from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
 from kpdeploy.ops.packed_attention import PACKED_ATTENTION
 from kpdeploy.ops.registration import register
 from kpdeploy.ops.rms_norm import RMS_NORM
+from kpdeploy.ops.rotary_embedding import ROTARY_EMBEDDING
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -41,6 +42,7 @@ OPS: dict[str, Op] = {
         RMS_NORM,
         ADD_LAYER_NORM,
         ADD_RMS_NORM,
+        ROTARY_EMBEDDING,
     )
 }
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from kpdeploy.ops.op import Op
+
 Arguments = tuple[Any, ...]
 Named = tuple[str, Arguments]  # what is special, the arguments of the call: float32 tensors where it takes tensors
 Case = tuple[str, str, Arguments]  # op, what is special, arguments
@@ -30,6 +32,10 @@ PACKED = (((128, 128), 0, 3, 3, 32), ((1,), 0, 4, 2, 64), ((37, 0, 53, 1), 7, 4,
           ((0, 520, 9, 0), 100, 2, 2, 80), ((3,), 0, 1, 1, 33), ((), 5, 2, 2, 32), ((), 0, 2, 1, 32),
           ((0,), 0, 2, 1, 32), ((700, 260, 64, 1, 128, 65), 30, 2, 1, 64))  # fmt: skip
 """Lengths of the sequences, rows beyond them, heads, kv_heads, head size."""
+ROTATIONS = ((2, 5, 3, 64, 64, 1), (1, 1, 40, 64, 64, 1), (3, 7, 2, 40, 16, 3), (2, 9, 1, 6, 6, 1), (1, 3, 5, 7, 2, 1),
+             (4, 11, 3, 33, 32, 4), (1, 300, 8, 128, 128, 1), (2, 3, 2, 80, 20, 1), (3, 2, 2, 8, 0, 1),
+             (0, 3, 2, 8, 8, 1), (2, 0, 2, 8, 8, 1), (2, 3, 1, 0, 0, 1))  # fmt: skip
+"""Batch, rows, heads, head size, columns that turn, batch of cos and sin."""
 
 TOLERANCES = {
     "kpdeploy": {"float32": 2e-6, "bfloat16": 4e-3, "float16": 5e-4},
@@ -162,6 +168,19 @@ def _packed_attention() -> Iterator[Named]:
     yield "large scores", (q * 40, k * 40, v, _offsets((50, 30)), 2, 2, 1.0, True)
 
 
+def _rotary_embedding() -> Iterator[Named]:
+    randn = _random(5)
+    for batch, rows, heads, size, turned, tables in ROTATIONS:
+        x, (cos, sin) = randn(batch, rows, heads * size), randn(2, tables, rows, turned)
+        yield f"{batch}x{rows} {heads} heads of {size}, {turned} turn, {tables} tables", (x, cos, sin, heads)
+    joined, (cos, sin) = randn(2, 9, 5 * 48), randn(2, 1, 9, 48)
+    yield "some heads of a projection", (joined[:, :, 48:144], cos, sin, 2)
+    yield "one table for all", (joined, cos.expand(2, 9, 48), sin.expand(2, 9, 48), 5)
+    yield "spread rows", (_spread(joined), _spread(cos), _spread(sin), 5)
+    cos, sin = randn(2, 2, 9, 24)
+    yield "swapped dims", (joined.transpose(0, 1), cos.transpose(0, 1), sin.transpose(0, 1), 5)
+
+
 CASES: dict[str, Callable[[], Iterator[Named]]] = {
     "attention": _attention,
     "packed_attention": _packed_attention,
@@ -171,6 +190,7 @@ CASES: dict[str, Callable[[], Iterator[Named]]] = {
     "rms_norm": _rms_norm,
     "add_layer_norm": _add_layer_norm,
     "add_rms_norm": _add_rms_norm,
+    "rotary_embedding": _rotary_embedding,
 }
 
 
@@ -184,12 +204,17 @@ def all_cases() -> list[Case]:
     return [case for op in CASES for case in cases_of(op)]
 
 
-def to_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    """The floating tensors of a call in another dtype, strides kept."""
+def to_dtype(arguments: Arguments, dtype: torch.dtype, op: Op | None = None) -> Arguments:
+    """The floating tensors of a call in another dtype, strides kept. Those that `op` wants in float32 stay."""
     import torch
 
-    def one(value: Any) -> Any:
+    names = [name for _, name in op.parameters] if op else [""] * len(arguments)
+    wide = op.wide if op else ()
+
+    def one(value: Any, name: str) -> Any:
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if name in wide:
             return value
         # Strides of 0 share memory: they are written out.
         if value.numel() == 0 or not all(value.stride()):
@@ -198,7 +223,7 @@ def to_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
         room = torch.full((reach,), float("nan"), dtype=dtype)
         return room.as_strided(value.shape, value.stride()).copy_(value)
 
-    return tuple(one(value) for value in arguments)
+    return tuple(map(one, arguments, names))
 
 
 def error(out: Tensor, ref: Tensor) -> float:

@@ -37,6 +37,7 @@ class Op:
     tensors in their order (an empty one stands for an optional one that is not given), attributes its other arguments
     under the same names. `onnx_body` is the op in standard operators of opset 20, as ONNX text: the function that an
     artifact carries, so that it runs where the library is not. Float16 and bfloat16 need a runtime that has them.
+    `wide` are the tensors that are float32 in calls of every dtype.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Op:
     fake: Callable[..., Any]
     onnx_body: str
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    wide: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ("libkpdeploy_torch.so", "libkpdeploy_onnx.so")
 
     @property

@@ -517,6 +517,11 @@ PACKED_HEADS = Dims(
     of=lambda q, k, v, offsets, heads, *rest: (len(offsets) - 1, q.shape[1], heads, q.shape[2] // heads),
     example="8x1024x12x32",
 )
+ROTATED = Dims(
+    names=("batch", "rows", "heads", "size"),
+    of=lambda x, cos, sin, heads: (*x.shape[:2], heads, x.shape[2] // heads),
+    example="8x128x40x64",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -536,6 +541,7 @@ PROVIDERS: dict[str, Row] = {
     "rms_norm": Row(dims=ROWS, providers=OURS),
     "add_layer_norm": Row(dims=ROWS, providers=OURS),
     "add_rms_norm": Row(dims=ROWS, providers=OURS),
+    "rotary_embedding": Row(dims=ROTATED, providers=OURS),
 }
 
 

@@ -95,7 +95,7 @@ def _check(op: Op, ways: Sequence[Way], advance: Callable[[], None]) -> Iterator
     found: dict[tuple[str, ...], Checked] = {}
     for dtype in _dtypes(op.name):
         for _, what, plain in cases_of(op.name):
-            arguments = to_dtype(plain, getattr(torch, dtype))
+            arguments = to_dtype(plain, getattr(torch, dtype), op)
             wanted: tuple[Any, ...] | None = None
             for way in ways:
                 provider = providers.chosen(op.name, arguments, runtime=way.runtime, device=way.device, dtype=dtype)

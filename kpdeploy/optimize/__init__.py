@@ -24,6 +24,7 @@ from kpdeploy.optimize import (
     linear_activation,
     parallel_linears,
     rms_norm,
+    rotary_embedding,
 )
 from kpdeploy.optimize.graph import Finding, Match, drop_identities, sweep
 from kpdeploy.signature import Signature
@@ -34,11 +35,14 @@ FUSIONS: tuple[tuple[str, Find], ...] = (
     # A gated linear holds a linear with an activation: it goes first.
     (gated_linear.OP, lambda module, signature: gated_linear.find(module)),
     (linear_activation.OP, lambda module, signature: linear_activation.find(module)),
+    # Gives packed heads, from which attention takes them.
+    (rotary_embedding.OP, lambda module, signature: rotary_embedding.find(module)),
     (attention.OP, attention.find),
     (add_layer_norm.OP, lambda module, signature: add_layer_norm.find(module)),
     (rms_norm.OP, lambda module, signature: rms_norm.find(module)),
     # Of the linears that are left.
     (parallel_linears.OP, lambda module, signature: parallel_linears.find(module)),
+    (rotary_embedding.OP, lambda module, signature: rotary_embedding.find_adjacent(module)),
     (linear.OP, lambda module, signature: linear.find(module, small=False)),
     (linear.SMALL, lambda module, signature: linear.find(module, small=True)),
 )

@@ -23,6 +23,7 @@ from kpdeploy.optimize.graph import (
     shape,
     used_once,
 )
+from kpdeploy.optimize.heads import is_packed, packed
 from kpdeploy.optimize.mask import Meaning, meaning
 from kpdeploy.signature import Signature
 
@@ -110,7 +111,7 @@ def _before_repeat(node: Any) -> Any:
 
 def _rewrite(found: Attention) -> None:
     node = found.node
-    query, key, value = (_packed(node, t) for t in (found.query, found.key, found.value))
+    query, key, value = (packed(node, t) for t in (found.query, found.key, found.value))
     lengths = None
     if found.lengths is not None:
         # The layers before this one have summed the same mask.
@@ -127,39 +128,6 @@ def _rewrite(found: Attention) -> None:
     node.replace_all_uses_with(insert(node, aten.transpose.int, (split, 1, 2), node))
 
 
-def _packed(before: Node, tensor: Node) -> Node:
-    """[B, S, heads·D] of a tensor [B, heads, S, D]: what it was made from, or a copy.
-
-    Keys behind cached ones are packed apart and put together packed: one copy of the cache and not two, and none to
-    pack it where it is a constant.
-    """
-    if is_call(tensor, aten.cat.default) and tensor.args[1] in (-2, 2):
-        # A cache begins as an empty tensor of one axis, which torch.cat passes over.
-        parts: Any = tensor.args[0]
-        parts = [part for part in parts if len(shape(part)) == 4]
-        joined = insert(before, aten.cat.default, ([_packed(before, part) for part in parts], 1))
-        joined.meta["val"] = tensor.meta["val"].transpose(1, 2).flatten(2)
-        return joined
-    if is_call(tensor, aten.transpose.int) and set(tensor.args[1:]) == {1, 2}:
-        split: Any = tensor.args[0]
-        if is_call(split, aten.view.default, aten.reshape.default):
-            whole = split.args[0]
-            if isinstance(whole, Node) and _is_packed(whole, tensor):
-                return whole
-    swapped = insert(before, aten.transpose.int, (tensor, 1, 2))
-    swapped.meta["val"] = tensor.meta["val"].transpose(1, 2)
-    packed = insert(before, aten.flatten.using_ints, (swapped, 2, 3))
-    packed.meta["val"] = swapped.meta["val"].flatten(2)
-    return packed
-
-
-def _is_packed(whole: Node, tensor: Node) -> bool:
-    if len(shape(whole)) != 3:
-        return False
-    batch, heads, length, size = shape(tensor)
-    return all(same_size(a, b) for a, b in zip(shape(whole), (batch, length, heads * size), strict=True))
-
-
 def _unpacked_by(node: Node) -> Node | None:
     """The node that gives the answer back as [B, S, heads·D], where nothing else uses what is before it."""
     current = node
@@ -174,5 +142,5 @@ def _unpacked_by(node: Node) -> Node | None:
     if not used_once(current):
         return None
     last = next(iter(current.users))
-    fits = is_call(last, aten.view.default, aten.reshape.default, aten.flatten.using_ints) and _is_packed(last, node)
+    fits = is_call(last, aten.view.default, aten.reshape.default, aten.flatten.using_ints) and is_packed(last, node)
     return last if fits else None

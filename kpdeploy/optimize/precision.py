@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from kpdeploy.optimize.graph import aten, insert, is_call, parameter, sweep
+from kpdeploy.ops import NAMESPACE, OPS
+from kpdeploy.optimize.graph import aten, insert, is_call, name_of, parameter, sweep
 
 KERNELS = (
     aten.linear.default, aten.addmm.default, aten.matmul.default, aten.bmm.default, aten.conv1d.default,
@@ -50,21 +51,37 @@ def lower(module: GraphModule, dtype: torch.dtype) -> None:
         if node.op == "output":
             node.args = torch.fx.node.map_arg(node.args, partial(_cast, casts, node, torch.float32))
         elif _is_kernel(node) and node not in angles:
-            node.args = torch.fx.node.map_arg(node.args, partial(_cast, casts, node, dtype))
+            kinds = [torch.float32 if wide else dtype for wide in _wide(node)]
+            node.args = tuple(
+                torch.fx.node.map_arg(value, partial(_cast, casts, node, kind))
+                for value, kind in zip(node.args, kinds, strict=True)
+            )
     sweep(module)
 
 
 def _angles(module: GraphModule) -> set[Node]:
-    """What leads to a sine or cosine and to nothing else: an outer product of positions and frequencies, say, but no
-    layer of a network. Frequencies are buffers; what is trained goes with the rest."""
+    """What leads to a sine or cosine and to nothing else, or to what an op wants in float32: an outer product of
+    positions and frequencies, say, but no layer of a network. Frequencies are buffers; what is trained goes with the
+    rest."""
     found: set[Node] = set()
     for node in reversed(module.graph.nodes):
-        alone = bool(node.users) and all(user in found for user in node.users)
+        alone = bool(node.users) and all(user in found or _only_wide(node, user) for user in node.users)
         layer = _is_kernel(node) and not is_call(node, aten.matmul.default, aten.bmm.default)
         trained = node.op == "get_attr" and isinstance(parameter(module, node), torch.nn.Parameter)
         if is_call(node, aten.sin.default, aten.cos.default) or (alone and not layer and not trained):
             found.add(node)
     return found
+
+
+def _wide(call: Node) -> list[bool]:
+    """For each argument of a call, whether it is float32 whatever the others are."""
+    op = OPS.get(name_of(call).removeprefix(f"{NAMESPACE}::"))
+    names = [name for _, name in op.parameters] if op else []
+    return [op is not None and names[index] in op.wide for index in range(len(call.args))]
+
+
+def _only_wide(value: Node, call: Node) -> bool:
+    return all(wide for argument, wide in zip(call.args, _wide(call), strict=True) if argument is value)
 
 
 def _is_kernel(node: Any) -> bool:
@@ -74,10 +91,11 @@ def _is_kernel(node: Any) -> bool:
 
 
 def _cast(casts: dict[tuple[Node, torch.dtype], Node], before: Node, dtype: torch.dtype, value: Node) -> Node:
-    """An activation of floats in this dtype, cast once; weights and what kernels give are of it already, and integers
-    stay."""
+    """A value of floats in this dtype, cast once; weights and what kernels give are of the lower one already, and
+    integers stay."""
     found = value.meta.get("val")
-    if value.op == "get_attr" or not isinstance(found, torch.Tensor) or not found.is_floating_point():
+    lowered = value.op == "get_attr" and dtype is not torch.float32
+    if lowered or not isinstance(found, torch.Tensor) or not found.is_floating_point():
         return value
     maker = value.args[0] if value.target is operator.getitem else value
     if _is_kernel(maker) and dtype is not torch.float32:

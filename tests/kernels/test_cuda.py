@@ -137,6 +137,21 @@ def _packed_attentions() -> Iterator[tuple[str, Arguments]]:
         yield f"{what}, causal", (q, k, v, offsets, heads, kv_heads, size**-0.5, True)
 
 
+def _rotations() -> Iterator[tuple[str, Arguments]]:
+    torch.manual_seed(8)
+    for batch, rows, heads, size, turned, tables in (
+        # A thread takes four heads, or fewer are left; chunks of 16 bytes, and none; columns that stay.
+        (1, 2048, 40, 64, 64, 1), (2, 1024, 13, 128, 64, 2), (3, 700, 9, 96, 80, 1), (32, 1, 40, 64, 64, 1),
+        (1, 3000, 6, 60, 60, 1), (2, 1500, 5, 64, 40, 1),
+    ):  # fmt: skip
+        x, (cos, sin) = torch.randn(batch, rows, heads * size), torch.randn(2, tables, rows, turned)
+        yield f"{batch}x{rows} {heads} heads of {size}, {turned} turn", (x, cos, sin, heads)
+    x, (cos, sin) = torch.randn(2, 70, 10 * 64 + 1)[:, :, 1:], torch.randn(2, 2, 70, 64)
+    yield "off boundary", (x[:, :, : 8 * 64], cos, sin, 8)
+    x, (cos, sin) = torch.randn(2, 70, 10 * 64), torch.randn(2, 2, 70, 65)[..., 1:]
+    yield "tables off boundary", (x[:, :, : 8 * 64], cos, sin, 8)
+
+
 OWN = {
     "attention": _attentions,
     "packed_attention": _packed_attentions,
@@ -146,6 +161,7 @@ OWN = {
     "rms_norm": functools.partial(_norms, False, False),
     "add_layer_norm": functools.partial(_norms, True, True),
     "add_rms_norm": functools.partial(_norms, True, False),
+    "rotary_embedding": _rotations,
 }
 
 
@@ -640,7 +656,7 @@ def worst(outs: tuple[torch.Tensor, ...], refs: tuple[torch.Tensor, ...]) -> flo
 @pytest.mark.parametrize("name", OPS)
 def test_torch_gives_the_reference(name: str, dtype: str, gpu: None) -> None:
     for _, what, plain in gpu_cases(name):
-        arguments = to_dtype(plain, DTYPES[dtype])
+        arguments = to_dtype(plain, DTYPES[dtype], OPS[name])
         outs = through_torch(OPS[name], arguments)
         assert all(out.dtype == DTYPES[dtype] for out in outs)
         assert worst(outs, expected(OPS[name], arguments)) <= tolerance("kpdeploy", dtype, what), what
@@ -651,7 +667,7 @@ def test_torch_gives_the_reference(name: str, dtype: str, gpu: None) -> None:
 @pytest.mark.parametrize("name", OPS)
 def test_onnx_runtime_gives_the_reference(name: str, dtype: str, constant: bool, cuda_provider: str) -> None:
     for _, what, plain in gpu_cases(name)[:: 4 if constant else 1]:
-        arguments = to_dtype(plain, DTYPES[dtype])
+        arguments = to_dtype(plain, DTYPES[dtype], OPS[name])
         outs = through_onnxruntime(OPS[name], arguments, cuda_provider, constant)
         assert worst(outs, expected(OPS[name], arguments)) <= tolerance("kpdeploy", dtype, what), what
 
@@ -659,7 +675,7 @@ def test_onnx_runtime_gives_the_reference(name: str, dtype: str, constant: bool,
 def one_of(name: str, dtype: torch.dtype = torch.float32) -> Arguments:
     """An ordinary call of an op, on the GPU."""
     small = (case for case in cases_of(name) if case[2][0].numel() < 3000)
-    return on_gpu(to_dtype(max(small, key=lambda case: case[2][0].numel())[2], dtype))
+    return on_gpu(to_dtype(max(small, key=lambda case: case[2][0].numel())[2], dtype, OPS[name]))
 
 
 @pytest.mark.parametrize("name", OPS)

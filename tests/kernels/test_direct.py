@@ -32,7 +32,7 @@ def expected(op: str, arguments: Arguments) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize("case", ALL, ids=lambda case: f"{case[0]}: {case[1]}")
 def test_a_kernel_gives_the_reference(case: Case, dtype: torch.dtype, isa: str) -> None:
     op, what, arguments = case
-    arguments = to_dtype(arguments, dtype)
+    arguments = to_dtype(arguments, dtype, OPS[op])
     for out, ref in zip(call(op, arguments), expected(op, arguments), strict=True):
         assert error(out, ref) <= tolerance("kpdeploy", str(dtype).removeprefix("torch."), what)
 

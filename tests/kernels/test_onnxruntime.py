@@ -31,7 +31,7 @@ def run_once(name: str, arguments: tuple[Any, ...], library: str) -> Any:
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: f"{case[0]}: {case[1]}")
 def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype, onnx_library: str) -> None:
     name, what, arguments = case
-    arguments = to_dtype(arguments, dtype)
+    arguments = to_dtype(arguments, dtype, OPS[name])
     wanted = calls.reference(OPS[name], arguments)
     for constant in (False, True):
         session = calls.onnx_session(calls.onnx_model(OPS[name], arguments, constant=constant), onnx_library)

@@ -73,7 +73,7 @@ def test_onednn_multiplies_from_the_row_that_the_table_says(
 def test_the_table_is_right_about_every_case(capfd: pytest.CaptureFixture[str]) -> None:
     for op, what, plain in all_cases():
         for dtype in DTYPES:
-            arguments = to_dtype(plain, getattr(torch, dtype))
+            arguments = to_dtype(plain, getattr(torch, dtype), OPS[op])
             said = providers.chosen(op, arguments, runtime="torch", device="cpu", dtype=dtype)
             assert said == ("onednn" if onednn_multiplied(capfd, op, arguments) else "kpdeploy"), (op, what, dtype)
 

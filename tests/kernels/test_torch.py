@@ -29,7 +29,7 @@ def op_of(name: str) -> Any:
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: f"{case[0]}: {case[1]}")
 def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype) -> None:
     name, what, arguments = case
-    arguments = to_dtype(arguments, dtype)
+    arguments = to_dtype(arguments, dtype, OPS[name])
     kind = str(dtype).removeprefix("torch.")
     provider = chosen(name, arguments, runtime="torch", device="cpu", dtype=kind)
     outs = calls.through_torch(OPS[name], arguments)
@@ -110,7 +110,9 @@ class Block(torch.nn.Module):
     def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         ops = torch.ops.kpdeploy
         h = ops.layer_norm(x, self.ones, None, 1e-5)
-        a = ops.attention(h, h, h, lengths, 2, 2, 0.18, True)
+        angles = torch.arange(x.shape[1])[None, :, None] * self.ones[:32]
+        t = ops.rotary_embedding(h, angles.cos(), angles.sin(), 2)
+        a = ops.attention(t, t, h, lengths, 2, 2, 0.18, True)
         packed, offsets = a.reshape(1, -1, 64), torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         a = a + ops.packed_attention(packed, packed, packed, offsets, 2, 2, 0.18, True).reshape(a.shape)
         a, s = ops.add_rms_norm(ops.linear_activation(a, self.w, self.ones, "gelu"), x, self.ones, 1e-6)
