@@ -35,6 +35,13 @@ class _Tokens:
         batch, length = self.mask.meta["val"].shape
         return found.dim() == 3 and same_size(found.shape[0], batch) and same_size(found.shape[1], length)
 
+    def has_or_shares(self, value: Any) -> bool:
+        """Is it made of tokens, or the same for the tokens of each row?"""
+        if self.has(value):
+            return True
+        sizes = value.meta["val"].shape
+        return len(sizes) == 3 and sizes[0] == 1 and same_size(sizes[1], self.mask.meta["val"].shape[1])
+
 
 def _always(node: Node) -> bool:
     return True
@@ -66,6 +73,9 @@ HEAVY = {
 _EACH = (
     "add", "sub", "mul", "div", "pow", "neg", "gelu", "relu", "silu", "tanh", "sigmoid", "to",
 )  # fmt: skip
+
+ROTARY = f"{NAMESPACE}::rotary_embedding"
+"""Treats each token alone, with the row of its tables that is the token's."""
 
 LIGHT: dict[str, Callable[[Node], bool]] = {
     f"{NAMESPACE}::fp8_quantize": _always,
@@ -136,6 +146,8 @@ def _treats_each_alone(node: Node, tokens: _Tokens) -> bool:
         return isinstance(node.args[0], Node) and _treats_each_alone(node.args[0], tokens)
     if (count := HEAVY.get(name_of(node), 0)) > 0:
         return all(map(tokens.has, node.args[:count])) and not any(map(tokens.has, node.args[count:]))
+    if name_of(node) == ROTARY:
+        return tokens.has(node.args[0]) and all(map(tokens.has_or_shares, node.args[1:3]))
     if not LIGHT.get(name_of(node), _never)(node):
         return False
     others = [a for a in node.all_input_nodes if not tokens.has(a)]
@@ -184,10 +196,11 @@ class _Writer:
         self.added.add(node)
         return node
 
-    def packed(self, value: Node) -> Node:
-        """[1, T, N] of [B, S, N]."""
-        with self.graph.inserting_before(_following(value)):
-            flat = self.call(aten.reshape.default, value, [-1, value.meta["val"].shape[2]])
+    def packed(self, value: Node, before: Node | None = None) -> Node:
+        """[1, T, N] of [B, S, N]; or `before` a node, of [1, S, N] that each row has."""
+        with self.graph.inserting_before(before or _following(value)):
+            rows = self.call(aten.expand.default, value, [self.sizes[0], -1, -1]) if before else value
+            flat = self.call(aten.reshape.default, rows, [-1, value.meta["val"].shape[2]])
             return self.call(aten.unsqueeze.default, self.call(aten.index_select.default, flat, 0, self.sources), 0)
 
     def unpacked(self, value: Node) -> Node:
@@ -205,6 +218,7 @@ class _Writer:
 def _rewrite(
     module: GraphModule, writer: _Writer, region: set[Node], attentions: Iterable[Node], entering: Iterable[Node]
 ) -> None:
+    _pack_tables(module.graph, writer, region, entering)
     for value in entering:
         value.replace_all_uses_with(writer.packed(value), delete_user_cb=lambda user: user in region)
     for node in attentions:
@@ -219,6 +233,17 @@ def _rewrite(
         module.graph.set_codegen(torch.fx.graph.CodeGen())
         module._forward_pre_hooks.clear()
     sweep(module)
+
+
+def _pack_tables(graph: Graph, writer: _Writer, region: set[Node], entering: Iterable[Node]) -> None:
+    """Give each token its own row of the cosines and sines that all rows share."""
+    tables: dict[Node, Node] = {}
+    for node in [n for n in graph.nodes if n in region and name_of(n) == ROTARY]:
+        for table in node.all_input_nodes[1:]:
+            if table not in entering:
+                if table not in tables:
+                    tables[table] = writer.packed(table, node)
+                node.replace_input_with(table, tables[table])
 
 
 def _following(node: Node) -> Node:

@@ -113,7 +113,8 @@ def _part(value: Any) -> _Part | None:
         if argument(node, "dim", 0) in (-1, len(shape(of)) - 1) and isinstance(begin, int) and begin >= 0:
             return _Part(of, begin, shape(node)[-1], argument(node, "step", 1))
     if isinstance(node, Node) and node.target is operator.getitem and is_call(node.args[0], *CUTS):
-        cut, index = node.args
+        cut: Any = node.args[0]
+        index: Any = node.args[1]
         if argument(cut, "dim", 0) in (-1, len(shape(cut.args[0])) - 1):
             widths = [part.shape[-1] for part in cut.meta["val"]]
             return _Part(cut.args[0], sum(widths[:index]), widths[index])

@@ -67,6 +67,23 @@ class Rotary(torch.nn.Module):
         return found[:, 0]
 
 
+class Positioned(Rotary):
+    """Its positions are counted in the mask."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        places = attention_mask.cumsum(-1) - 1
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, position_ids=places)
+        found: torch.Tensor = out.last_hidden_state[:, 0]
+        return found
+
+
+class Turned(Rotary):
+    def __init__(self) -> None:
+        super().__init__()
+        config = transformers.CohereConfig(**SMALL, num_key_value_heads=1, use_cache=False, pad_token_id=0)
+        self.model = transformers.CohereModel(config)
+
+
 class Step(torch.nn.Module):
     """One token behind cached ones, whose keys and values it holds."""
 
@@ -145,6 +162,21 @@ def test_a_batch_without_its_padding_gives_the_same_answers(bert: Model) -> None
         assert relative_error(found, answer(bert, inputs)) <= 1e-5, point
 
 
+@pytest.mark.parametrize("positions_differ", [False, True], ids=["one table", "a table for each row"])
+def test_positions_go_with_their_tokens(positions_differ: bool) -> None:
+    llama = model(Positioned() if positions_differ else Rotary())
+    fused = fuse(llama)
+    assert calls(fused.module)["rotary_embedding"] == 2
+    assert isinstance(pack(fused.module), Applied)
+    assert calls(fused.module)["packed_attention"] == 2
+    rng = np.random.default_rng()
+    for point in POINTS:
+        inputs = sample(llama.signature, point, rng)
+        with torch.no_grad():
+            found = fused.module(*map(torch.from_numpy, inputs.values()))[0].numpy()
+        assert relative_error(found, answer(llama, inputs)) <= 1e-5, point
+
+
 def test_padded_places_that_are_shown_become_zeros_and_no_others() -> None:
     shown = model(Pooled(everything=True))
     fused = fuse(shown)
@@ -161,8 +193,8 @@ def test_padded_places_that_are_shown_become_zeros_and_no_others() -> None:
     ("module", "texts", "why"),
     [
         (Image, IMAGE, "an attention sees no padding mask"),
-        # Rotary positions turn queries and keys between the product and attention.
-        (Rotary, TEXT, "tokens meet others in"),
+        # Positions turn neighbouring columns, which is no op here, between the product and attention.
+        (Turned, TEXT, "tokens meet others in"),
     ],
 )
 def test_padding_stays_where_tokens_do_not_stand_alone(
