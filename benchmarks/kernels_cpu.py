@@ -142,6 +142,28 @@ def attention(batch: int, heads: int, length: int, size: int, threads: int) -> d
     }
 
 
+def rotation(rows: int, heads: int, size: int, threads: int) -> dict[str, Run]:
+    """Queries and keys of one product, by the tables of their positions."""
+    x, angles = torch.randn(1, rows, heads * size), torch.rand(1, rows, size // 2) * 6
+    cos, sin = (table.repeat(1, 1, 2) for table in (angles.cos(), angles.sin()))
+    places, tables = torch.zeros(1, dtype=torch.int64), {"c": angles.cos()[0], "s": angles.sin()[0]}
+
+    def chain() -> torch.Tensor:
+        q = x.unflatten(-1, (heads, size)).transpose(1, 2)
+        across = torch.cat((-q[..., size // 2 :], q[..., : size // 2]), dim=-1)
+        return (q * cos.unsqueeze(1) + across * sin.unsqueeze(1)).transpose(1, 2).flatten(2)
+
+    node = ours("RotaryEmbedding", ["x", "c", "s"], ["y"], heads=heads)
+    theirs = helper.make_node("RotaryEmbedding", ["x", "p", "c", "s"], ["y"], domain="com.microsoft", num_heads=heads)
+    return {
+        "a copy, into new memory": lambda: x.clone(),
+        "torch: kpdeploy::rotary_embedding": lambda: torch.ops.kpdeploy.rotary_embedding(x, cos, sin, heads),
+        "torch: its separate ops": chain,
+        "ORT: com.kpdeploy:RotaryEmbedding": session([node], {"x": x, "c": cos, "s": sin}, {}, threads),
+        "ORT: com.microsoft:RotaryEmbedding": session([theirs], {"x": x}, {"p": places, **tables}, threads),
+    }
+
+
 def measure(candidates: Mapping[str, Run], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     """Median milliseconds of each."""
     taken: dict[str, list[float]] = {name: [] for name in candidates}
@@ -177,6 +199,8 @@ def main() -> None:
         },
         "attention 8x12x128x32": attention(8, 12, 128, 32, chosen.threads),
         "attention 1x12x1024x64": attention(1, 12, 1024, 64, chosen.threads),
+        "rotary_embedding 128 rows, 40 heads of 64": rotation(128, 40, 64, chosen.threads),
+        "rotary_embedding 2048 rows, 40 heads of 64": rotation(2048, 40, 64, chosen.threads),
     }
     results = {}
     for row, candidates in rows.items():

@@ -104,20 +104,54 @@ COUNTS: list[tuple[str, Mapping[str, Any], str, dict[str, int]]] = [
         "LlamaConfig",
         DECODER,
         "AutoModel",
-        {"linear": 6, "gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4},
+        {"linear": 6, "gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4, "rotary_embedding": 2},
     ),
     (
         "Qwen2Config",
         DECODER,
         "AutoModel",
-        {"linear": 6, "gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4},
+        {"linear": 6, "gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4, "rotary_embedding": 2},
     ),
     (
         "GemmaConfig",
         DECODER,
         "AutoModel",
-        {"linear": 8, "linear_activation": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4},
+        {"linear": 8, "linear_activation": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4, "rotary_embedding": 2},
     ),
+    (
+        "MistralConfig",
+        DECODER,
+        "MistralForCausalLM",
+        {"linear": 7, "gated_linear": 2, "attention": 2, "rms_norm": 1, "add_rms_norm": 4, "rotary_embedding": 2},
+    ),
+    # Norms between the product and the rotation: queries and keys are turned apart.
+    (
+        "Qwen3Config",
+        DECODER,
+        "AutoModel",
+        {"linear": 6, "gated_linear": 2, "attention": 2, "rms_norm": 5, "add_rms_norm": 4, "rotary_embedding": 4},
+    ),
+    (
+        "Phi3Config",
+        DECODER,
+        "AutoModel",
+        {"linear": 8, "attention": 2, "rms_norm": 1, "add_rms_norm": 4, "rotary_embedding": 2},
+    ),
+    # A quarter of each head turns, and each head's query, key and value lie side by side.
+    (
+        "GPTNeoXConfig",
+        DECODER,
+        "AutoModel",
+        {"linear": 6, "linear_activation": 2, "attention": 2, "add_layer_norm": 3, "rotary_embedding": 4},
+    ),
+    # Every other layer sees a window of keys.
+    (
+        "ModernBertConfig",
+        {**DECODER, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 16},
+        "AutoModel",
+        {"linear": 8, "attention": 1, "add_layer_norm": 4, "rotary_embedding": 2},
+    ),
+    ("CohereConfig", DECODER, "AutoModel", {"linear": 6, "gated_linear": 2, "attention": 2}),
     ("T5Config", T5, "AutoModel", {"linear": 6, "linear_activation": 2, "rms_norm": 1, "add_rms_norm": 4}),
     ("ViTConfig", VISION, "AutoModel", {"linear": 7, "linear_activation": 2, "attention": 2, "add_layer_norm": 4}),
     ("SwinConfig", SWIN, "AutoModel", {"linear": 7, "linear_activation": 2, "add_layer_norm": 3}),
@@ -132,8 +166,8 @@ SIDE_BY_SIDE = (
 )  # fmt: skip
 """Nothing comes between the product that gives queries, keys and values, and attention."""
 
-JOINED = {"GPT2Config": 0}
-"""Groups of linears that became one product, where not the queries, keys and values of each of two layers: GPT-2's
+JOINED = dict.fromkeys(("GPT2Config", "Phi3Config", "GPTNeoXConfig", "ModernBertConfig"), 0)
+"""Groups of linears that became one product, where not the queries, keys and values of each of two layers: some
 checkpoints hold them joined."""
 
 
@@ -141,6 +175,14 @@ REFUSED = {
     "BertConfig": {"1 add_layer_norm": "the residual is broadcast"},
     "T5Config": {"2 attention": "it adds a bias that is no mask, such as relative positions"},
     "SwinConfig": {"2 attention": "it adds a bias that is no mask, such as relative positions"},
+    "ModernBertConfig": {
+        "2 linear_activation": "gelu follows <built-in function getitem>, not a linear",
+        "1 attention": "its mask is neither causal nor a padding of known lengths",
+    },
+    "CohereConfig": {
+        "4 rotary_embedding": "it turns neighbouring columns, not the two halves of a head",
+        "3 rms_norm": "the reciprocal root is used in another way",
+    },
     "WhisperConfig": {
         "2 linear_activation": "gelu follows aten.conv1d.default, not a linear",
         "1 add_layer_norm": "the residual is broadcast",
