@@ -35,6 +35,7 @@ CASES = {
     "packed_attention": ("4 sequences, 98 rows, 4/1 heads of 40, causal",),
     "linear_activation": ("gelu", "4x33x65", "300x64x300"),
     "gated_linear": ("4x33x65", "300x64x300"),
+    "rotary_embedding": ("3x7 2 heads of 40, 16 turn, 3 tables",),
 }
 """Of the others: (2, 5, 16)."""
 

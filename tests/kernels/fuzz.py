@@ -94,6 +94,15 @@ def packed_attention(core: Any, rng: Rng, dtype: str) -> list[Any]:
     return [out]
 
 
+def rotation(core: Any, rng: Rng, dtype: str) -> list[Any]:
+    batch, rows, heads, head = size(rng, 4), size(rng, 20), size(rng, 5), size(rng, 140)
+    x, out = (array(rng, (batch, rows, heads * head), dtype, fill) for fill in (None, np.nan))
+    turned = 2 * int(rng.integers(0, head // 2 + 1)) + (rng.random() < 0.03)
+    cos, sin = (array(rng, (batch if rng.random() < 0.5 else 1, rows, turned), "f32") for _ in range(2))
+    core.rotary_embedding(x, cos, sin, heads, out)
+    return [out]
+
+
 def whole(out: Any) -> bool:
     values = (out.astype(np.uint32) << 16).view(np.float32) if out.dtype == np.uint16 else out
     return not np.isnan(values).any()
@@ -108,7 +117,7 @@ def main() -> None:
         core = importlib.import_module("_core")
     except ImportError:
         core = importlib.import_module("kpdeploy._core")
-    for kind in (norm, linear, attention, packed_attention):
+    for kind in (norm, linear, attention, packed_attention, rotation):
         ran = 0
         for call in range(chosen.calls):
             rng = np.random.default_rng((chosen.seed, call))

@@ -274,6 +274,58 @@ def test_a_shared_linear_and_a_scaled_residual_are_left_alone_with_the_reason() 
     answers_alike(before, fused)
 
 
+def across(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+class Turns(torch.nn.Module):
+    """Rotations of x [batch, 2, seq, 8], by tables of 4 axes: of all columns, the first 4, the last 4. And what looks
+    like them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.rand(1, 1, 9, 8) * 6
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        cos, sin = (table[:, :, : x.shape[2]].bfloat16().float() for table in (self.cos, self.sin))
+        cos4, sin4, first, last = cos[..., :4], sin[..., :4], x[..., :4], x[..., 4:]
+        turned = first * cos4 + across(first) * sin4
+        pairs = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        quarters = torch.cat((-x[..., 2:4], x[..., :2]), dim=-1)
+        exchanged, row = across(x), x[:, 0]
+        return {
+            "all": x * cos + across(x) * sin,
+            "first": torch.cat((turned, last), dim=-1),
+            "last": torch.cat((first, last * cos4 + across(last) * sin4), dim=-1),
+            "pairs": x * cos + pairs * sin,
+            "quarters": first * cos4 + quarters * sin4,
+            "shared": x * cos + exchanged * sin + exchanged,
+            "less": x * cos - across(x) * sin,
+            "each head": x * torch.cat((cos, sin), dim=1) + across(x) * sin,
+            "rows": row * cos[:, 0] + across(row) * sin[:, 0],
+        }
+
+
+def test_rotations_are_found_and_what_looks_like_them_is_left_with_the_reason() -> None:
+    signature = parse_inputs(["x:float32[batch=1..4,2,seq=1..9,8]"])
+    described = model_from_module(Turns(), signature, name="turns", source={}, keywords=True)
+    before = settle_axes(described, stated=False)
+    fused = fuse(before)
+    assert fused.counts == {"rotary_embedding": 3}
+    assert {(d.what, d.reason) for d in fused.decisions if isinstance(d, Skipped)} == {
+        ("1 rotary_embedding", "it turns neighbouring columns, not the two halves of a head"),
+        ("1 rotary_embedding", "it exchanges other columns than the two halves of a head"),
+        ("1 rotary_embedding", "its halves are not multiplied by a sine alone"),
+        ("1 rotary_embedding", "what a cosine multiplies is not added alone"),
+        ("1 rotary_embedding", "its cosines are not one row for each position, of all columns"),
+        ("1 rotary_embedding", "its tensor has 3 axes, not batch, heads, length, head size"),
+    }
+    answers_alike(before, fused)
+
+
 class Parallel(torch.nn.Module):
     """Linears of one input: three that can be joined, and others that look like it."""
 

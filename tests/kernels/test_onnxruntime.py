@@ -39,14 +39,17 @@ def test_an_op_gives_the_reference(case: Case, dtype: torch.dtype, onnx_library:
             assert error(out, ref) <= tolerance("kpdeploy", str(dtype).removeprefix("torch."), what)
 
 
-@pytest.mark.parametrize("case", cases_of("packed_attention"), ids=lambda case: case[1])
-def test_the_function_of_packed_attention_stands_in_for_its_kernel(case: Case) -> None:
+@pytest.mark.parametrize(
+    "case", [*cases_of("packed_attention"), *cases_of("rotary_embedding")], ids=lambda case: f"{case[0]}: {case[1]}"
+)
+def test_the_function_of_an_op_stands_in_for_its_kernel(case: Case) -> None:
     name, what, arguments = case
     dense = tuple(a.contiguous() if isinstance(a, torch.Tensor) else a for a in arguments)
     model = onnx_ir.serde.deserialize_model(onnx.load_from_string(calls.onnx_model(OPS[name], dense)))
     define(model)
     session = onnxruntime.InferenceSession(onnx_ir.serde.serialize_model(model).SerializeToString())
-    (out,) = session.run(None, {f"i{index}": tensor.numpy() for index, tensor in enumerate(dense[:4])})
+    tensors = [value for value in dense if isinstance(value, torch.Tensor)]
+    (out,) = session.run(None, {f"i{index}": tensor.numpy() for index, tensor in enumerate(tensors)})
     limit = tolerance("kpdeploy", "float32", what)
     assert error(torch.from_numpy(out), calls.reference(OPS[name], arguments)[0]) <= limit
 
@@ -84,6 +87,8 @@ X, W = torch.ones(4, 8), torch.ones(6, 8)
         ("packed_attention", (X[None], X[None], X[None], torch.tensor([0]).int(), 2, 2, 1.0, False), "tensor(int32)"),
         ("packed_attention", (X[None], X[None], X[None], torch.tensor([0])[1:], 2, 2, 1.0, False), "[sequences + 1]"),
         ("packed_attention", (X[None], X[None], X[None], None, 2, 2, 1.0, False), "input 3 is marked single but"),
+        ("rotary_embedding", (X[None], X[None], X[None], 2), "cos is [1, 4, 8]; x is [1, 4, 8] in heads of 4"),
+        ("rotary_embedding", (X[None], X[None].double(), X[None], 1), "Type 'tensor(double)' of input parameter (i1)"),
     ],
 )
 def test_wrong_use_is_one_clear_error(name: str, arguments: tuple[Any, ...], message: str, onnx_library: str) -> None:
