@@ -67,6 +67,19 @@ class Rotary(torch.nn.Module):
         return found[:, 0]
 
 
+class Learned(torch.nn.Module):
+    """Cosines and sines that were trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        angles = torch.rand(1, 24, 16).repeat(1, 1, 2) * 6
+        self.cos, self.sin = torch.nn.Parameter(angles.cos()), torch.nn.Parameter(angles.sin())
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = x.shape[1]
+        return self.cos[:, :rows], self.sin[:, :rows]
+
+
 class Positioned(Rotary):
     """Its positions are counted in the mask."""
 
@@ -175,6 +188,24 @@ def test_positions_go_with_their_tokens(positions_differ: bool) -> None:
         with torch.no_grad():
             found = fused.module(*map(torch.from_numpy, inputs.values()))[0].numpy()
         assert relative_error(found, answer(llama, inputs)) <= 1e-5, point
+
+
+@pytest.mark.parametrize("bits", ["bfloat16", "float32"])
+@pytest.mark.parametrize("kind", ["computed", "folded", "learned"])
+def test_cosines_and_sines_stay_float32(kind: str, bits: str, tmp_path: Path) -> None:
+    llama = Step(cached=300) if kind == "folded" else Rotary()
+    if kind == "learned":
+        llama.model.rotary_emb = Learned()
+    described = model(llama, ("input_ids:int64[1,1]{0..98}",) if kind == "folded" else TEXT)
+    source = _fused(Capture(described, tmp_path), (), ()).capture
+    assert source is not None
+    made = lowered(source.program, bits=bits, dropped=False, device="cpu").module
+    assert calls(made)["rotary_embedding"] == 2
+    rng = np.random.default_rng()
+    inputs = sample(described.signature, {} if kind == "folded" else POINTS[1], rng)
+    with torch.no_grad():
+        found = made(*map(torch.from_numpy, inputs.values()))[0].numpy()  # the op takes no other tables
+    assert relative_error(found, answer(described, inputs)) <= (1e-2 if bits == "bfloat16" else 1e-5)
 
 
 def test_padded_places_that_are_shown_become_zeros_and_no_others() -> None:
