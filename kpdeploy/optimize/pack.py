@@ -106,7 +106,9 @@ def pack(module: GraphModule, *, given: bool = False) -> Decision:
         n for n in module.graph.nodes if tokens.has(n) and n not in region and any(u in region for u in n.users)
     ]
     leaving = [n for n in region if tokens.has(n) and any(user not in region for user in n.users)]
-    if (crossings := len(entering) + len(leaving)) > len(attentions) + 2:
+    # Positions enter once, for all layers.
+    tables = {table for node in region if name_of(node) == ROTARY for table in node.all_input_nodes[1:]}
+    if (crossings := len({*entering} - tables) + len(leaving)) > len(attentions) + 2:
         return Skipped(what=WHAT, reason=f"tokens meet others in {crossings} places between its attentions")
     _rewrite(module, _Writer(module.graph, mask, given=given), region, attentions, entering)
     return Applied(what=WHAT, detail="the tokens of a batch are one row; attention is told where each sequence begins")
