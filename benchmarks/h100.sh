@@ -38,6 +38,7 @@ bench cuda_kernels cuda_kernels --sanitize
 bench hopper_attention hopper_attention --sanitize
 bench hopper_fp8_attention hopper_fp8_attention
 bench rotary_embedding rotary_embedding
+bench attention_fp8 attention_fp8
 bench hopper_linear hopper_linear
 bench gpu_models gpu_models
 part served

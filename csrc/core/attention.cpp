@@ -1,4 +1,5 @@
-// attention, packed_attention: one task for each sequence, head and block of queries.
+// attention, packed_attention: one task for each sequence, head and block of queries. Their forms that quantize the
+// result (attention_fp8, packed_attention_fp8) are for GPUs alone.
 
 #include <algorithm>
 #include <cstring>
@@ -22,6 +23,7 @@ struct Attention {
   int64_t heads, kv_heads, head_size;
   float scale;
   bool causal;
+  const float* out_scale;  // null: out is of the dtype of query
 
   int64_t keys_of(int64_t batch) const { return lengths ? lengths[batch * lengths_stride] : key.size(1); }
   int64_t offset(int64_t sequence) const { return offsets[sequence * offsets_stride]; }
@@ -71,13 +73,23 @@ void check_offsets(Attention& a, const kpdeploy_tensor* offsets) {
              (long long)a.offset(i - 1), (long long)a.query.size(1));
 }
 
+// Of an op that quantizes its result.
+void check_quantizes(const kpdeploy_tensor* query, const kpdeploy_tensor* out_scale) {
+  if (query && query->device == KPDEPLOY_CPU)
+    refuse_unsupported("query is on the CPU, and this op has kernels for GPUs");
+  if (!out_scale) refuse("out_scale is missing");
+}
+
+// `out_scale`: null where out is of the dtype of query.
 Attention checked(const kpdeploy_tensor* query, const kpdeploy_tensor* key, const kpdeploy_tensor* value,
-                  int64_t heads, int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out) {
+                  int64_t heads, int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out_scale,
+                  const kpdeploy_tensor* out) {
   Attention a{};
   a.query = floats("query", query, 3);
   a.key = floats_like("key", key, 3, a.query);
   a.value = floats_like("value", value, 3, a.query);
-  a.out = floats_like("out", out, 3, a.query);
+  a.out = out_scale ? gpu_tensor("out", out, KPDEPLOY_F8, 3, &a.query) : floats_like("out", out, 3, a.query);
+  if (out_scale) a.out_scale = gpu_scales("out_scale", out_scale, 1, a.query, nullptr);
   for (const Tensor* t : {&a.query, &a.key, &a.value})
     if (t->rank != 3) refuse("%s is %s, not [batch, length, heads * size]", t->name, t->shape().c_str());
   if (heads < 1 || kv_heads < 1 || heads % kv_heads)
@@ -94,6 +106,8 @@ Attention checked(const kpdeploy_tensor* query, const kpdeploy_tensor* key, cons
            (long long)(kv_heads * a.head_size));
   same_sizes(a.value, a.key);
   same_sizes(a.out, a.query);
+  const Rows rows(a.out);
+  if (out_scale && rows.count() > 1 && rows.stride() != a.out.size(2)) refuse("out is not contiguous");
   a.scale = static_cast<float>(scale);
   a.causal = causal != 0;
   a.sequences = a.query.size(0);
@@ -143,6 +157,7 @@ void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
   c.head_size = a.head_size;
   c.scale = a.scale;
   c.causal = a.causal;
+  c.out_scale = a.out_scale;
   c.memory = {context->gpu_memory, context->pool};
   cuda_kernels()->attention[a.query.dtype](c, context->stream);
 }
@@ -196,7 +211,19 @@ int kpdeploy_attention(const kpdeploy_context* context, const kpdeploy_tensor* q
                        const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads, int64_t kv_heads,
                        double scale, int causal, const kpdeploy_tensor* out) {
   return kpdeploy::guarded(context, "attention", [&] {
-    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out);
+    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, nullptr, out);
+    kpdeploy::check_lengths(a, lengths);
+    kpdeploy::attend(context, a);
+  });
+}
+
+int kpdeploy_attention_fp8(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
+                           const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads,
+                           int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out_scale,
+                           const kpdeploy_tensor* out) {
+  return kpdeploy::guarded(context, "attention_fp8", [&] {
+    kpdeploy::check_quantizes(query, out_scale);
+    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out_scale, out);
     kpdeploy::check_lengths(a, lengths);
     kpdeploy::attend(context, a);
   });
@@ -206,7 +233,19 @@ int kpdeploy_packed_attention(const kpdeploy_context* context, const kpdeploy_te
                               const kpdeploy_tensor* value, const kpdeploy_tensor* offsets, int64_t heads,
                               int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out) {
   return kpdeploy::guarded(context, "packed_attention", [&] {
-    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out);
+    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, nullptr, out);
+    kpdeploy::check_offsets(a, offsets);
+    kpdeploy::attend(context, a);
+  });
+}
+
+int kpdeploy_packed_attention_fp8(const kpdeploy_context* context, const kpdeploy_tensor* query,
+                                  const kpdeploy_tensor* key, const kpdeploy_tensor* value,
+                                  const kpdeploy_tensor* offsets, int64_t heads, int64_t kv_heads, double scale,
+                                  int causal, const kpdeploy_tensor* out_scale, const kpdeploy_tensor* out) {
+  return kpdeploy::guarded(context, "packed_attention_fp8", [&] {
+    kpdeploy::check_quantizes(query, out_scale);
+    kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out_scale, out);
     kpdeploy::check_offsets(a, offsets);
     kpdeploy::attend(context, a);
   });

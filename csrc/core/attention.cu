@@ -340,7 +340,7 @@ bool attend_with_cudnn(const CudaAttention& a, int dtype, int device, void* stre
 // Up to here our kernels for compute capability 9.0 are the faster ones, and beyond cuDNN's (benchmarks/README.md).
 constexpr int64_t kOwnHead = 128;
 
-// By cuDNN or the kernels for compute capability 9.0; false: they do not take it.
+// By cuDNN or the kernels for compute capability 9.0; false: they do not take it. Of them only ours give 8-bit floats.
 template <class T>
 bool attend_fast(const CudaAttention& a, void* stream) {
   const Gpu gpu = current_gpu();
@@ -348,8 +348,29 @@ bool attend_fast(const CudaAttention& a, void* stream) {
   const bool is_hopper = gpu.capability == 90;
   const Chosen chosen = chosen_for(gpu.name, a, dtype);
   const bool is_cudnns = chosen == Chosen::kCudnn || (chosen == Chosen::kUnmeasured && is_hopper && a.head_size > kOwnHead);
+  if (is_cudnns && a.out_scale) return false;
   return (is_cudnns && attend_with_cudnn(a, dtype, gpu.index, stream)) ||
          (is_hopper && hopper_attention<T>(a, gpu.processors, stream));
+}
+
+// Where no kernel gives 8-bit floats itself: a result of T first, and a pass that quantizes it.
+template <class T>
+void attend_and_quantize(const CudaAttention& a, void* stream) {
+  const int64_t width = a.heads * a.head_size, rows = a.batch * a.queries;
+  void* const memory = a.memory.take(rows * width * int64_t{sizeof(T)});
+  if (!memory)
+    throw Refusal{KPDEPLOY_OUT_OF_MEMORY, "the caller lends no memory for the result before it is quantized"};
+  CudaAttention wide = a;
+  wide.out = {memory, a.queries * width, width};
+  wide.out_scale = nullptr;
+  attention<T>(wide, stream);
+  CudaQuantize q{};
+  q.x.data = static_cast<char*>(memory);
+  q.out = static_cast<char*>(a.out.data);
+  q.scale = a.out_scale;
+  q.rows = 1;  // all is dense: a long one
+  q.n = rows * width;
+  quantize<T>(q, stream);
 }
 
 }  // namespace
@@ -358,6 +379,7 @@ template <class T>
 void attention(const CudaAttention& a, void* stream) {
   if constexpr (!std::is_same_v<T, float>)
     if (attend_fast<T>(a, stream)) return;
+  if (a.out_scale) return attend_and_quantize<T>(a, stream);
   const auto fits = [](const CudaGrid& g) {
     return aligned(g.data) && g.batch_stride * sizeof(T) % 16 == 0 && g.row_stride * sizeof(T) % 16 == 0;
   };

@@ -79,6 +79,7 @@ struct CudaAttention {
   int64_t batch, queries, keys, heads, kv_heads, head_size;
   float scale;
   bool causal;
+  const float* out_scale;  // null: out is of the dtype of query; else dense, of 8-bit floats
   GpuMemory memory;
 };
 

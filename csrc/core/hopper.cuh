@@ -157,6 +157,18 @@ __device__ inline uint32_t pack_pair(float low, float high) {
   return v;
 }
 
+// Four 8-bit floats, saturated, the first in the lowest byte.
+__device__ inline uint32_t pack_four(float a, float b, float c, float d) {
+  uint32_t v;
+  asm("{\n.reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n}\n"
+      : "=r"(v)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return v;
+}
+
 __device__ inline uint4 load_shared(uint32_t address) {
   uint4 v;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"

@@ -114,6 +114,7 @@ struct Call {
   float scale;                             // of powers of two
   uint32_t zero;
   bool causal, sorts;                      // sorts: by length; see Walk
+  const float* out_scale;                  // only of those that quantize
 };
 
 // Queries and keys that belong together: a row of the batch, or a packed sequence.
@@ -169,9 +170,18 @@ struct Form {
   using T = T_;
   static constexpr int kSize = kSize_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kLines = (kSize + kLine - 1) / kLine, kConsumers = kGroups * 128;
-  static constexpr bool kAlone = kBlocks == 1;
+  static constexpr bool kAlone = kBlocks == 1, kQuantizes = false;
   static constexpr int kQueryBytes = kRows * kLines * 128, kBlockBytes = kKeys * kLines * 128;
 };
+
+// With an output of 8-bit floats. A kernel of its own: in one for both, that of 16 bits took half a percent longer.
+template <class F>
+struct Quantizing : F {
+  static constexpr bool kQuantizes = true;
+};
+
+template <class F>
+using OutOf = std::conditional_t<F::kQuantizes, uint8_t, typename F::T>;
 
 // Whether a head fills its lines, so that one box has all of them: see rows_map.
 template <class F>
@@ -489,56 +499,110 @@ __device__ inline void clear_queries(uint32_t query, int from, int thread, int t
 
 enum { kTurnBarrier = 1, kGroupBarrier = 5 };  // ids of named barriers: one a warpgroup each
 
-// Divides by the sums of the weights, and stores the rows of this warp that are in the sequence: through shared memory,
-// where its own queries were, so that whole lines go out.
+// Where query `row` of a tile is in the output.
+template <class F>
+__device__ inline OutOf<F>* out_of(const Call& a, const Tile& tile, int row) {
+  return static_cast<OutOf<F>*>(a.out) + tile.batch * a.out_batch_stride + (tile.row + row) * a.out_row_stride +
+         tile.head * a.size;
+}
+
+// The rows of this warp, from `first_row` on, as 8-bit floats. Four neighbours have two columns of every eight of
+// the same two rows each: they exchange them, so that each has 16 side by side.
+template <class F>
+__device__ inline void store_f8(const Call& a, const State<F>& s, const Tile& tile, int first_row, int lane) {
+  constexpr int kAcross = F::kSize / 16;  // of 16 columns, in a row
+  const int left = tile.queries - tile.first - first_row;
+  uint8_t* const to = out_of<F>(a, tile, first_row);
+  const bool odd = lane % 2, high = lane / 2 % 2;
+#pragma unroll
+  for (int first = 0; first < 2 * kAcross; first += 4) {
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const o = s.out + (first + i) % kAcross * 8 + (first + i) / kAcross * 2;
+      v[i] = pack_four(o[0], o[1], o[4], o[5]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? v[i] : v[i + 1], 1);
+      odd ? v[i] = other : v[i + 1] = other;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t other = __shfl_xor_sync(~0u, high ? v[i] : v[i + 2], 2);
+      high ? v[i] = other : v[i + 2] = other;
+    }
+    const int own = first + lane % 4, row = lane / 4 + own / kAcross * 8, column = own % kAcross * 16;
+    const uint2 low = {__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410)};
+    const uint2 rest = {__byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x7632)};
+    uint8_t* const at = to + row * a.out_row_stride + column;
+    if (row < left && column < a.size) {
+      if (a.size % 16 == 0) {
+        *reinterpret_cast<uint4*>(at) = {low.x, low.y, rest.x, rest.y};
+      } else {
+        *reinterpret_cast<uint2*>(at) = low;
+        if (column + 8 < a.size) *reinterpret_cast<uint2*>(at + 8) = rest;
+      }
+    }
+  }
+}
+
+// Divides by the sums of the weights, and stores the rows of this warp that are in the sequence: those of 16 bits
+// through shared memory, where its own queries were, so that whole lines go out.
 template <class F>
 __device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, const float (&total)[2], int index,
                               int group, int lane, int warp) {
   const Tile tile = tile_from(m.tile(index));  // again: registers are short while there is work
   const uint32_t place = m.query_of(index, group);
+  float wanted = 1;
+  if constexpr (F::kQuantizes) wanted = 1 / *a.out_scale;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = lanes_sum<4>(total[half]);
-    const float share = !tile.valid ? NAN : sum == 0 ? 0 : 1 / sum;
+    const float share = !tile.valid ? NAN : sum == 0 ? 0 : wanted / sum;
 #pragma unroll
     for (int i = 0; i < F::kSize / 4; ++i) s.out[i / 2 * 4 + half * 2 + i % 2] *= share;
   }
-  const int row = warp * 16 + lane % 16;
+  if constexpr (F::kQuantizes) {
+    store_f8(a, s, tile, group * kRows + warp * 16, lane);
+  } else {
+    const int row = warp * 16 + lane % 16;
 #pragma unroll
-  for (int j = 0; j < F::kSize / 8; j += 2) {
-    const int unit = (j + lane / 16) % 8;
-    store_matrices(place + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
-                   pack_pair<typename F::T>(s.out[j * 4], s.out[j * 4 + 1]),
-                   pack_pair<typename F::T>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
-                   pack_pair<typename F::T>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
-                   pack_pair<typename F::T>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
-  }
-  __syncwarp();
-  const int first = group * kRows + warp * 16, left = tile.queries - tile.first - first;
-  typename F::T* const to = static_cast<typename F::T*>(a.out) + tile.batch * a.out_batch_stride +
-                            (tile.row + first) * a.out_row_stride + tile.head * a.size;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int r = i * 4 + lane / 8, unit = lane % 8;
-#pragma unroll
-    for (int line = 0; line < F::kLines; ++line) {
-      const uint4 v = load_shared(place + line * (kRows * 128) + (warp * 16 + r) * 128 + (unit ^ r % 8) * 16);
-      if (r < left && line * kLine + unit * 8 < a.size)
-        *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
+    for (int j = 0; j < F::kSize / 8; j += 2) {
+      const int unit = (j + lane / 16) % 8;
+      store_matrices(place + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
+                     pack_pair<typename F::T>(s.out[j * 4], s.out[j * 4 + 1]),
+                     pack_pair<typename F::T>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
+                     pack_pair<typename F::T>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
+                     pack_pair<typename F::T>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
     }
+    __syncwarp();
+    const int first = group * kRows + warp * 16, left = tile.queries - tile.first - first;
+    auto* const to = out_of<F>(a, tile, first);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i * 4 + lane / 8, unit = lane % 8;
+#pragma unroll
+      for (int line = 0; line < F::kLines; ++line) {
+        const uint4 v = load_shared(place + line * (kRows * 128) + (warp * 16 + r) * 128 + (unit ^ r % 8) * 16);
+        if (r < left && line * kLine + unit * 8 < a.size)
+          *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
+      }
+    }
+    fence_stores();  // before the copy engine writes there again
   }
-  fence_stores();  // before the copy engine writes there again
   __syncwarp();
 }
 
 // Rows that no sequence has.
 template <class F>
 __device__ inline void clear_rest(const Call& a) {
+  using Eight = std::conditional_t<F::kQuantizes, uint2, uint4>;  // columns
   const int width = a.heads * (a.size / 8);
   const int64_t end = min(max(a.offsets[a.batch * a.offsets_stride], int64_t{0}), int64_t{a.queries});
   for (int64_t r = end + blockIdx.x; r < a.queries; r += gridDim.x)
     for (int i = threadIdx.x; i < width; i += F::kConsumers)
-      reinterpret_cast<uint4*>(static_cast<typename F::T*>(a.out) + r * a.out_row_stride)[i] = {};
+      reinterpret_cast<Eight*>(static_cast<OutOf<F>*>(a.out) + r * a.out_row_stride)[i] = {};
 }
 
 // The blocks of all tiles in one sequence: the first product of a tile is under way with the last one of the one
@@ -743,6 +807,7 @@ struct FewCall {
   CUtensorMap query, key, value;  // query: [batch][query][head][size]
   void* out;
   int64_t out_batch_stride, out_row_stride;
+  const float* out_scale;
   const int64_t* lengths;
   int64_t lengths_stride;
   int queries, keys, kv_heads, group, runs, run;  // run: queries of a block
@@ -896,10 +961,15 @@ __device__ void store_sum(const FewCall& a, const Few<F>& few, int row, int colu
   using T = typename F::T;
   const int query = few.first + row / a.group;
   if (query >= a.queries || column >= a.size) return;
-  const float share = !few.valid ? NAN : sum.total == 0 ? 0 : 1 / sum.total;
-  T* const to = static_cast<T*>(a.out) + few.batch * a.out_batch_stride + query * a.out_row_stride +
-                (few.kv_head * a.group + row % a.group) * a.size + column;
-  store<4>(to, {sum.out[0] * share, sum.out[1] * share, sum.out[2] * share, sum.out[3] * share});
+  const float by = a.out_scale ? 1 / *a.out_scale : 1;
+  const float share = !few.valid ? NAN : sum.total == 0 ? 0 : by / sum.total;
+  const int64_t at = few.batch * a.out_batch_stride + query * a.out_row_stride +
+                     (few.kv_head * a.group + row % a.group) * a.size + column;
+  const float v[4] = {sum.out[0] * share, sum.out[1] * share, sum.out[2] * share, sum.out[3] * share};
+  if (a.out_scale)
+    *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(a.out) + at) = pack_four(v[0], v[1], v[2], v[3]);
+  else
+    store<4>(static_cast<T*>(a.out) + at, v);
 }
 
 // Sums the parts of all blocks of a cluster: each block some of the columns.
@@ -1053,6 +1123,7 @@ void run(const CudaAttention& a, int processors, void* stream) {
   c.out = a.out.data;
   c.out_batch_stride = a.out.batch_stride;
   c.out_row_stride = a.out.row_stride;
+  c.out_scale = a.out_scale;
   c.key = rows_map<F>(a, a.key, a.keys, a.kv_heads, F::kKeys);
   c.value = rows_map<F>(a, a.value, a.keys, a.kv_heads, F::kKeys);
   c.size = static_cast<int>(a.head_size);
@@ -1075,7 +1146,7 @@ void run(const CudaAttention& a, int processors, void* stream) {
   const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors * F::kBlocks, c.tiles);
   const int64_t rows = a.batch * a.queries;
   const bool early = rows <= kEarlySpreadRows;
-  launch_when(early, attend<F>, blocks, 1, F::kThreads,
+  launch_when(early, a.out_scale ? attend<Quantizing<F>> : attend<F>, blocks, 1, F::kThreads,
               early ? spread_bytes(rows, blocks, processors, F::kBytes) : F::kBytes, stream, c);
 }
 
@@ -1153,6 +1224,7 @@ void run_few(const CudaAttention& a, int processors, void* stream) {
   c.out = a.out.data;
   c.out_batch_stride = a.out.batch_stride;
   c.out_row_stride = a.out.row_stride;
+  c.out_scale = a.out_scale;
   c.lengths = a.lengths;
   c.lengths_stride = a.lengths_stride;
   c.queries = static_cast<int>(a.queries);

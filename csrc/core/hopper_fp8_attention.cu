@@ -30,18 +30,6 @@ constexpr float kLeast = 0x1p-55f;      // of scales of queries and keys: a prod
 constexpr float kNothing = 0x1p-100f;   // the scale of values that are all 0: their weights become small beside others
 constexpr uint64_t kSigns = 0x9e3779b97f4a7c15, kMoreSigns = 0xbf58476d1ce4e5b9;  // of columns: splitmix64's numbers
 
-// Four 8-bit floats, saturated, the first in the lowest byte.
-__device__ inline uint32_t pack_four(float a, float b, float c, float d) {
-  uint32_t v;
-  asm("{\n.reg .b16 low, high;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
-      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      "mov.b32 %0, {low, high};\n}\n"
-      : "=r"(v)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return v;
-}
-
 // ---- Operands.
 
 struct OperandsCall {

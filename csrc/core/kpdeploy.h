@@ -93,6 +93,19 @@ int kpdeploy_packed_attention(const kpdeploy_context* context, const kpdeploy_te
                               const kpdeploy_tensor* value, const kpdeploy_tensor* offsets, int64_t heads,
                               int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out);
 
+/* The same, of GPUs alone, with a result in 8 bits: out is float8_e4m3fn and dense, of the result over out_scale (float32,
+ * one element), saturated. Kernels for compute capability 9.0 and heads of a multiple of 8 up to 128 do not round it
+ * before. For other calls it is rounded to the dtype of query, in memory of the context's gpu_memory, without which they
+ * end with KPDEPLOY_OUT_OF_MEMORY. */
+int kpdeploy_attention_fp8(const kpdeploy_context* context, const kpdeploy_tensor* query, const kpdeploy_tensor* key,
+                           const kpdeploy_tensor* value, const kpdeploy_tensor* lengths, int64_t heads,
+                           int64_t kv_heads, double scale, int causal, const kpdeploy_tensor* out_scale,
+                           const kpdeploy_tensor* out);
+int kpdeploy_packed_attention_fp8(const kpdeploy_context* context, const kpdeploy_tensor* query,
+                                  const kpdeploy_tensor* key, const kpdeploy_tensor* value,
+                                  const kpdeploy_tensor* offsets, int64_t heads, int64_t kv_heads, double scale,
+                                  int causal, const kpdeploy_tensor* out_scale, const kpdeploy_tensor* out);
+
 /* What kpdeploy_fp8_attention takes, of query [B, Sq, heads*D], key and value [B, Sk, kv_heads*D], all bfloat16 or
  * float16, D 64 or 128; lengths as above. On a GPU of compute capability 9.0 only. All outputs are dense.
  *

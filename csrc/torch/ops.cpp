@@ -239,6 +239,18 @@ Tensor attention(Tensor query, Tensor key, Tensor value, Optional lengths, int64
   return out;
 }
 
+Tensor attention_fp8(Tensor query, Tensor key, Tensor value, Optional lengths, int64_t heads, int64_t kv_heads,
+                     double scale, bool causal, Tensor out_scale) {
+  make_dense(query, key, value);
+  Tensor out = dense_f8_like(query);
+  const View q(query), k(key), v(value), os(out_scale), o(out);
+  const OptionalView l(lengths);
+  run(q, [&](const kpdeploy_context* c) {
+    return kpdeploy_attention_fp8(c, q, k, v, l, heads, kv_heads, scale, causal, os, o);
+  });
+  return out;
+}
+
 Tensor packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, int64_t heads, int64_t kv_heads,
                         double scale, bool causal) {
   make_dense(query, key, value);
@@ -246,6 +258,17 @@ Tensor packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, 
   const View q(query), k(key), v(value), f(offsets), o(out);
   run(q, [&](const kpdeploy_context* c) {
     return kpdeploy_packed_attention(c, q, k, v, f, heads, kv_heads, scale, causal, o);
+  });
+  return out;
+}
+
+Tensor packed_attention_fp8(Tensor query, Tensor key, Tensor value, Tensor offsets, int64_t heads, int64_t kv_heads,
+                            double scale, bool causal, Tensor out_scale) {
+  make_dense(query, key, value);
+  Tensor out = dense_f8_like(query);
+  const View q(query), k(key), v(value), f(offsets), os(out_scale), o(out);
+  run(q, [&](const kpdeploy_context* c) {
+    return kpdeploy_packed_attention_fp8(c, q, k, v, f, heads, kv_heads, scale, causal, os, o);
   });
   return out;
 }
@@ -501,6 +524,14 @@ const Op kOps[] = {
      "packed_attention(Tensor query, Tensor key, Tensor value, Tensor offsets, int heads, int kv_heads, float scale, "
      "bool causal) -> Tensor",
      TORCH_BOX(&packed_attention)},
+    {"attention_fp8",
+     "attention_fp8(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads, float scale, "
+     "bool causal, Tensor out_scale) -> Tensor",
+     TORCH_BOX(&attention_fp8)},
+    {"packed_attention_fp8",
+     "packed_attention_fp8(Tensor query, Tensor key, Tensor value, Tensor offsets, int heads, int kv_heads, "
+     "float scale, bool causal, Tensor out_scale) -> Tensor",
+     TORCH_BOX(&packed_attention_fp8)},
     {"fp8_attention_operands",
      "fp8_attention_operands(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads) -> "
      "(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale)",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from kpdeploy.ops.add_layer_norm import ADD_LAYER_NORM
 from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
 from kpdeploy.ops.attention import ATTENTION
+from kpdeploy.ops.attention_fp8 import ATTENTION_FP8
 from kpdeploy.ops.fp8_add_layer_norm import FP8_ADD_LAYER_NORM
 from kpdeploy.ops.fp8_add_rms_norm import FP8_ADD_RMS_NORM
 from kpdeploy.ops.fp8_attention import FP8_ATTENTION
@@ -27,6 +28,7 @@ from kpdeploy.ops.layer_norm import LAYER_NORM
 from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
 from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
 from kpdeploy.ops.packed_attention import PACKED_ATTENTION
+from kpdeploy.ops.packed_attention_fp8 import PACKED_ATTENTION_FP8
 from kpdeploy.ops.registration import register
 from kpdeploy.ops.rms_norm import RMS_NORM
 from kpdeploy.ops.rotary_embedding import ROTARY_EMBEDDING
@@ -58,6 +60,8 @@ GPU_OPS: dict[str, Op] = {
         FP8_ADD_RMS_NORM,
         FP8_ATTENTION_OPERANDS,
         FP8_ATTENTION,
+        ATTENTION_FP8,
+        PACKED_ATTENTION_FP8,
     )
 }
 """Ops in torch for GPUs alone: no CPU kernel, no ONNX form, and no rewrite that makes them."""

@@ -198,11 +198,10 @@ def _rewrite_one(module: GraphModule, layer: Layer, chosen: Mapping[Node, Layer]
     eight = _in_8_bits(held.detach(), rows[:, None])
     source = _uncast(x)
     if source not in inputs:
-        inputs[source] = _quantized(module, source, node, layer.scale)
+        inputs[source] = _quantized(module, source, node, layer.scale, chosen)
     # A product whose result only products in 8 bits read gives it to them so.
-    readers = [chosen.get(user) for user in node.users]
-    straight = all(reader is not None and reader.node.args[0] is node for reader in readers) and readers
-    out_scale = _scale(module, node, readers[0].scale) if straight and readers[0] else None
+    reader = _reader(node, chosen)
+    out_scale = _scale(module, node, reader.scale) if reader else None
     made = insert(
         node,
         ops.fp8_linear_activation.default,
@@ -222,6 +221,13 @@ def _rewrite_one(module: GraphModule, layer: Layer, chosen: Mapping[Node, Layer]
         inputs[made] = made
 
 
+def _reader(node: Node, chosen: Mapping[Node, Layer]) -> Layer | None:
+    """A product in 8 bits that reads a result, where nothing else does but others of its kind."""
+    readers = [chosen.get(user) for user in node.users]
+    straight = all(reader is not None and reader.node.args[0] is node for reader in readers)
+    return readers[0] if straight and readers else None
+
+
 def _uncast(value: Any) -> Node:
     """The value before a cast to the dtype that the product wanted."""
     node: Node = value
@@ -230,8 +236,11 @@ def _uncast(value: Any) -> Node:
     return node
 
 
-def _quantized(module: GraphModule, source: Node, before: Node, scale: float) -> Node:
-    """The 8-bit form of a product's input: by the norm that made it, else by a pass of its own."""
+def _quantized(module: GraphModule, source: Node, before: Node, scale: float, chosen: Mapping[Node, Layer]) -> Node:
+    """The 8-bit form of a product's input: by the norm that made it, or by the attention where it is all that is read
+    of it; else by a pass of its own."""
+    if is_call(source, ops.attention.default) and _reader(source, chosen):
+        return insert(source, ops.attention_fp8.default, (*source.args, _scale(module, source, scale)), source)
     alone = name_of(source) in NORMS
     first = source.target is operator.getitem and source.args[1] == 0
     maker: Any = source.args[0] if first else source

@@ -93,7 +93,7 @@ def pack(module: GraphModule, *, given: bool = False) -> Decision:
     Where the tokens are is found from the mask; or it is `given` by three inputs more, PLACES, for callers that need
     sizes to be known.
     """
-    attentions = list(calls(module.graph, torch.ops.kpdeploy.attention.default))
+    attentions = list(calls(module.graph, *_packed_forms()))
     mask = _shared_mask(attentions)
     if isinstance(mask, str):
         return Skipped(what=WHAT, reason=mask)
@@ -112,6 +112,15 @@ def pack(module: GraphModule, *, given: bool = False) -> Decision:
         return Skipped(what=WHAT, reason=f"tokens meet others in {crossings} places between its attentions")
     _rewrite(module, _Writer(module.graph, mask, given=given), region, attentions, entering)
     return Applied(what=WHAT, detail="the tokens of a batch are one row; attention is told where each sequence begins")
+
+
+def _packed_forms() -> dict[Any, Any]:
+    """Attention's ops, and what each is of tokens in one row."""
+    ops = torch.ops.kpdeploy
+    return {
+        ops.attention.default: ops.packed_attention.default,
+        ops.attention_fp8.default: ops.packed_attention_fp8.default,
+    }
 
 
 def _shared_mask(attentions: Iterable[Node]) -> Node | str:
@@ -225,7 +234,7 @@ def _rewrite(
         value.replace_all_uses_with(writer.packed(value), delete_user_cb=lambda user: user in region)
     for node in attentions:
         args = (*node.args[:3], writer.offsets, *node.args[4:])
-        made = insert(node, torch.ops.kpdeploy.packed_attention.default, args, node)
+        made = insert(node, _packed_forms()[node.target], args, node)
         node.replace_all_uses_with(made)
         region.add(made)
     for node in [n for n in module.graph.nodes if n in region and any(user not in region for user in n.users)]:

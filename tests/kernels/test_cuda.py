@@ -405,9 +405,8 @@ ATTENTION_HEADS = (*range(8, 129, 8), 36, 256)
 """Every one that the kernels for compute capability 9.0 take, and two that they leave to the general one."""
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("size", ATTENTION_HEADS)
-def test_heads_of_every_size_give_the_reference(size: int, dtype: str, hopper: None, choose: Choose) -> None:
+def head_cases(size: int) -> list[tuple[str, Arguments]]:
+    """Calls of every kernel for heads of one size."""
     torch.manual_seed(size)
     cases: list[tuple[str, Arguments]] = []
     for batch, queries, keys, heads, kv_heads in (
@@ -422,7 +421,13 @@ def test_heads_of_every_size_give_the_reference(size: int, dtype: str, hopper: N
         rows, offsets = sum(each) + beyond, torch.tensor([0, *each]).cumsum(0)
         q, k, v = torch.randn(1, rows, 6 * size).split((4 * size, size, size), dim=-1)
         cases += [("packed_attention", (q, k, v, offsets, 4, 1, size**-0.5, causal)) for causal in (False, True)]
-    for name, plain in cases:
+    return cases
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("size", ATTENTION_HEADS)
+def test_heads_of_every_size_give_the_reference(size: int, dtype: str, hopper: None, choose: Choose) -> None:
+    for name, plain in head_cases(size):
         arguments = to_dtype(plain, DTYPES[dtype])
         q, k, _, lengths, heads, kv_heads, _, causal = arguments
         shape = (*q.shape[:2], k.shape[1], heads, kv_heads, size, "yes" if causal and q.shape[1] > 1 else "no")
@@ -576,6 +581,127 @@ def test_quantizing_gives_the_reference(dtype: str, gpu: None) -> None:
     found = through_torch(op, (x, scale))[0].double()
     assert found[0].isnan()
     assert found[1:].tolist() == [448, -448, 448, -448, 0]
+
+
+CALLS = pytest.mark.parametrize(
+    ("queries", "heads", "size"),
+    [(40, 2, 36), (40, 2, 32), (40, 1, 64), (300, 2, 64), (200, 1, 128), (300, 2, 24), (200, 3, 88), (40, 1, 104)],
+)
+"""By the general kernel, and on compute capability 9.0 by those for few and for many queries."""
+
+
+QUANTIZED = ("attention", "packed_attention")
+"""Ops that have a form, <name>_fp8, that gives its result in 8 bits."""
+
+
+def scale_for(result: torch.Tensor) -> torch.Tensor:
+    """With which 8-bit floats hold a result."""
+    most = float(result.double().abs().amax()) if result.numel() else 0.0
+    return torch.tensor([max(most, 1e-3) / 400])
+
+
+def rounded(value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """A value that has gone through 8-bit floats."""
+    return GPU_OPS["fp8_quantize"].reference(value, scale).double() * scale.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_attention_that_quantizes_gives_the_reference(name: str, dtype: str, gpu: None) -> None:
+    for _, what, plain in gpu_cases(name):
+        arguments = to_dtype(plain, DTYPES[dtype])
+        (ref,) = expected(OPS[name], arguments)
+        scale = scale_for(ref)
+        (out,) = through_torch(GPU_OPS[f"{name}_fp8"], (*arguments, scale))
+        assert out.dtype == torch.float8_e4m3fn
+        # Where attention's own error takes a value to the other 8-bit float, that is at most twice as much farther off.
+        most = error(rounded(ref, scale), ref) + 2 * tolerance("kpdeploy", dtype, what)
+        assert error(out.double() * scale.double(), ref) <= most, what
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("size", ATTENTION_HEADS)
+def test_heads_of_every_size_are_quantized_as_they_come_out(size: int, dtype: str, hopper: None) -> None:
+    for name, plain in head_cases(size):
+        arguments = to_dtype(plain, DTYPES[dtype])
+        (wide,) = through_torch(OPS[name], arguments)
+        scale = scale_for(wide)
+        (out,) = through_torch(GPU_OPS[f"{name}_fp8"], (*arguments, scale))
+        most = error(rounded(wide, scale), wide.double()) + 2 * tolerance("kpdeploy", dtype, "")
+        assert error(out.double() * scale.double(), wide.double()) <= most, (name, plain[3:])
+
+
+@CALLS
+def test_what_attention_in_8_bits_does_not_see(queries: int, heads: int, size: int, gpu: None) -> None:
+    """Keys beyond a length, rows beyond all sequences, queries without keys, lengths that are none."""
+    ops, scale = torch.ops.kpdeploy, torch.full((1,), 0.02, device="cuda")
+    for dtype in DTYPES.values():
+        q, k, v = torch.randn(3, 4, queries, heads * size, device="cuda", dtype=dtype)
+        lengths = torch.tensor([queries, 11, 0, queries + 1], device="cuda")
+        call = (heads, heads, 0.2, False, scale)
+        with outputs_poisoned():
+            clean = ops.attention_fp8(q, k, v, lengths, *call)
+        k[1, 11:] = v[1, 11:] = torch.nan
+        assert torch.equal(bits(ops.attention_fp8(q, k, v, lengths, *call)), bits(clean))
+        assert clean[:2].float().isfinite().all()
+        assert not clean[2].float().any()
+        assert clean[3].isnan().all()
+        v[0] *= 1e4
+        large = ops.attention_fp8(q, k, v, lengths, *call)[0].float()
+        assert large.abs().amax() == 448
+        flat = [t[:2].reshape(1, 2 * queries, heads * size) for t in (q, k, k)]
+        offsets = torch.tensor([0, queries, queries], device="cuda")
+        with outputs_poisoned():
+            packed = ops.packed_attention_fp8(*flat, offsets, *call)
+        assert packed[:, :queries].float().isfinite().all()
+        assert not packed[:, queries:].float().any()
+
+
+def bits(value: torch.Tensor) -> torch.Tensor:
+    return value.view(torch.uint8)
+
+
+@CALLS
+def test_a_batch_in_8_bits_is_its_rows(queries: int, heads: int, size: int, gpu: None) -> None:
+    ops, scale = torch.ops.kpdeploy, torch.full((1,), 0.01, device="cuda")
+    q, k, v = torch.randn(3, 3, queries, heads * size, device="cuda").bfloat16()
+    for causal in (False, True):
+        call = (heads, heads, 0.2, causal, scale)
+        whole = ops.attention_fp8(q, k, v, None, *call)
+        rows = [ops.attention_fp8(q[i : i + 1], k[i : i + 1], v[i : i + 1], None, *call) for i in range(3)]
+        assert torch.equal(bits(whole), bits(torch.cat(rows)))
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 300, 4, 2, 64), (3, 100, 100, 5, 1, 128), (1, 1, 8192, 32, 8, 128),
+                                   (2, 77, 77, 2, 2, 256)], ids=str)  # fmt: skip
+def test_a_cuda_graph_replays_attention_in_8_bits(shape: tuple[int, ...], gpu: None) -> None:
+    batch, queries, keys, heads, kv_heads, size = shape
+    q, k, v = (
+        torch.randn(batch, n, h * size, device="cuda").bfloat16()
+        for n, h in ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    )
+    op, scale = torch.ops.kpdeploy.attention_fp8, torch.full((1,), 0.001, device="cuda")
+    op(q, k, v, None, heads, kv_heads, size**-0.5, True, scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(q, k, v, None, heads, kv_heads, size**-0.5, True, scale)
+    for _ in range(3):
+        q.normal_()
+        scale.mul_(2)
+        graph.replay()
+        wanted = op(q, k, v, None, heads, kv_heads, size**-0.5, True, scale)
+        assert torch.equal(bits(captured), bits(wanted))
+
+
+def test_attention_in_8_bits_that_cannot_quantize_is_one_clear_error(gpu: None) -> None:
+    x, one = torch.randn(2, 40, 64, device="cuda"), torch.ones(1, device="cuda")
+    call = (None, 2, 2, 0.2, False)
+    with pytest.raises(RuntimeError, match=r"out_scale is \[2\]: one element fits"):
+        torch.ops.kpdeploy.attention_fp8(x, x, x, *call, one.expand(2).clone())
+    with pytest.raises(RuntimeError, match="out_scale is on the CPU"):
+        torch.ops.kpdeploy.attention_fp8(x, x, x, *call, one.cpu())
+    with pytest.raises(RuntimeError, match="offsets has not the shape"):
+        torch.ops.kpdeploy.packed_attention_fp8(x, x, x, x[0, :1, :0].long(), 2, 2, 0.2, False, one)
 
 
 def tuple_of(value: Any) -> tuple[torch.Tensor, ...]:
@@ -778,13 +904,6 @@ def test_a_second_gpu_is_made_current(cuda_provider: str) -> None:
         session = onnxruntime.InferenceSession(model, options, providers=[(PROVIDER, {"device_id": 1})])
         (found,) = session.run(None, {"i0": arguments[0].numpy(), "i1": arguments[1].numpy()})
     assert torch.equal(torch.from_numpy(found), out.cpu())
-
-
-CALLS = pytest.mark.parametrize(
-    ("queries", "heads", "size"),
-    [(40, 2, 36), (40, 2, 32), (40, 1, 64), (300, 2, 64), (200, 1, 128), (300, 2, 24), (200, 3, 88), (40, 1, 104)],
-)
-"""By the general kernel, and on compute capability 9.0 by those for few and for many queries."""
 
 
 @CALLS

@@ -67,11 +67,14 @@ def calls_of_8_bits() -> dict[str, tuple[Any, ...]]:
     x, one = torch.randn(3, 5, 32), torch.tensor([0.5])
     x8, w8 = x.to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
     q = torch.randn(2, 200, 128).bfloat16()
+    attention = (q, q[:, :, :64], q[:, :, :64])
     operands = GPU_OPS["fp8_attention_operands"].reference(q, q[:, :, :64], q[:, :, :64], None, 2, 1)
     return {
         "fp8_quantize": (x, one),
         "fp8_attention_operands": (q, q[:, :, :64], q[:, :, :64], torch.tensor([200, 3]), 2, 1),
         "fp8_attention": (*operands, torch.tensor([200, 3]), one, 0.125, True),
+        "attention_fp8": (*attention, torch.tensor([200, 3]), 2, 1, 0.125, True, one),
+        "packed_attention_fp8": (*(t[:1] for t in attention), torch.tensor([0, 30, 190]), 2, 1, 0.125, True, one),
         "fp8_linear_activation": (x8, w8, one, one, None, one, "gelu"),
         "fp8_gated_linear": (x8, w8, w8, one, one, one, None),
         "fp8_layer_norm": (x, x[0, 0], None, 1e-5, one),
