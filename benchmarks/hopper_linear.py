@@ -292,7 +292,7 @@ def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor
 
 
 def fp8_gated(library: Library, measured: Row) -> list[Row]:
-    """The gated product in 8 bits, weights with scales by row and x with one, beside ours of bfloat16 and torch's ops."""
+    """The gated product in 8 bits (weights scaled by row, x as a whole) beside ours of bfloat16 and torch's ops."""
     rows: list[Row] = []
     ops = torch.ops.kpdeploy
     for m, k, n in FP8_GATED:
