@@ -204,9 +204,7 @@ def linears(library: Library, measured: Row) -> list[Row]:
         xs, ws, gs = ([new(*s) / s[1] ** 0.5 for _ in sets] for s in ((m, k), (n, k), (n, k)))
         xs = [x * k**0.5 for x in xs]
         ours = [lambda i=i: ops.gated_linear(xs[i], gs[i], ws[i]) for i in sets]
-        separate = [
-            lambda i=i: functional.silu(functional.linear(xs[i], gs[i])) * functional.linear(xs[i], ws[i]) for i in sets
-        ]
+        separate = [lambda i=i: gated(xs[i], gs[i], ws[i]) for i in sets]
         row = {"op": "gated_linear", "dtype": "bfloat16", "rows": m, "inputs": k, "outputs": n}
         row["floor_us"] = floor_us(measured, 2 * (m * k + 2 * n * k + m * n), 4 * m * n * k, "bf16")
         floor = row["floor_us"]
@@ -277,6 +275,69 @@ def fp8_linears(library: Library, measured: Row) -> list[Row]:
     return rows
 
 
+FP8_GATED = ((1, 2048, 8192), (16, 2048, 8192), (32, 2048, 8192), (128, 2048, 8192), (2048, 2048, 8192),
+             (4096, 1024, 4096))  # fmt: skip
+"""Rows, inputs, outputs: of a Llama of 1B, and the shape that all tables have."""
+
+
+def in_8_bits(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight by rows, and what 1 stands for in each."""
+    scale = w.float().abs().amax(1) / 448
+    return (w.float() / scale[:, None]).to(F8), scale
+
+
+def gated(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """By torch's separate ops, of bfloat16."""
+    return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+
+
+def fp8_gated(library: Library, measured: Row) -> list[Row]:
+    """The gated product in 8 bits (weights scaled by row, x as a whole) beside ours of bfloat16 and torch's ops."""
+    rows: list[Row] = []
+    ops = torch.ops.kpdeploy
+    for m, k, n in FP8_GATED:
+        sets = sets_of(m * k + 2 * n * k + 2 * m * n)
+        xs, gs, us = [new(m, k) for _ in sets], *([new(n, k) / k**0.5 for _ in sets] for _ in range(2))
+        x_scale, out_scale = torch.tensor([6 / 448], device="cuda"), torch.tensor([0.02], device="cuda")
+        x8 = [(x / x_scale).clamp(-448, 448).to(F8) for x in xs]
+        g8, u8 = [in_8_bits(g) for g in gs], [in_8_bits(u) for u in us]
+        rows_scale = x_scale.expand(m, 1).contiguous()
+
+        def ours(i: int, out: torch.Tensor | None) -> torch.Tensor:
+            return ops.fp8_gated_linear(x8[i], g8[i][0], u8[i][0], x_scale, g8[i][1], u8[i][1], out)
+
+        def scaled(i: int) -> torch.Tensor:
+            gate, up = (
+                torch._scaled_mm(x8[i], w.t(), rows_scale, scale[None], out_dtype=BF16, use_fast_accum=True)
+                for w, scale in (g8[i], u8[i])
+            )
+            return functional.silu(gate) * up
+
+        ways: dict[str, Sequence[Call]] = {
+            "kpdeploy": [lambda i=i: ours(i, None) for i in sets],
+            "kpdeploy_fp8_out": [lambda i=i: ours(i, out_scale) for i in sets],
+            "kpdeploy_bf16": [lambda i=i: ops.gated_linear(xs[i], gs[i], us[i]) for i in sets],
+            "separate_bf16": [lambda i=i: gated(xs[i], gs[i], us[i]) for i in sets],
+            "separate": [lambda i=i: scaled(i) for i in sets],
+        }
+        row: Row = {"op": "fp8_gated_linear", "dtype": "float8_e4m3fn", "rows": m, "inputs": k, "outputs": n}
+        row["floor_us"] = floor = floor_us(measured, m * k + 2 * n * k + 2 * m * n, 4 * m * n * k, "fp8")
+        graphs = {name: graph_of(run, floor) for name, run in ways.items()}
+        for name in ("kpdeploy", "kpdeploy_fp8_out", "kpdeploy_bf16"):
+            graphs[f"{name}_constant_weights"] = library.with_constant_weights(ways[name], floor)
+        row["us"] = compared(graphs, replays=15 if m < 2048 else 9)
+        given = (x8[0], g8[0][0], u8[0][0], x_scale, g8[0][1][:, None], u8[0][1][:, None])
+        x, gate, up, by_x, by_gate, by_up = (t.double() for t in given)
+        ref = functional.silu(x * by_x @ (gate * by_gate).T) * (x * by_x @ (up * by_up).T)
+        row["error"] = {name: error(poisoned(ways[name][0]), ref) for name in ("kpdeploy", "separate")}
+        row["error"]["kpdeploy_fp8_out"] = error(poisoned(ways["kpdeploy_fp8_out"][0]).double() * out_scale, ref)
+        wide = gated(xs[0].double(), gs[0].double(), us[0].double())
+        row["error"]["kpdeploy_of_bf16_inputs"] = error(poisoned(ways["kpdeploy"][0]), wide)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def norms(measured: Row) -> list[Row]:
     rows: list[Row] = []
     ops = torch.ops.kpdeploy
@@ -327,7 +388,7 @@ def measured_rows(found: list[Row]) -> str:
     """The table of who multiplies: the fastest that computes the op, of the products that have a choice."""
     lines = ["\t".join(COLUMNS)]
     for row in found:
-        if row["op"] == "gated_linear":
+        if row["op"].endswith("gated_linear"):
             continue
         us = row["us"]
         theirs = us.get("cublaslt", "")
@@ -353,7 +414,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=Path, metavar="TSV", help="write who was faster, for kpdeploy/ops")
-    parser.add_argument("--only", choices=("linears", "fp8", "norms"), help="one part")
+    parser.add_argument("--only", choices=("linears", "fp8", "fp8_gated", "norms"), help="one part")
     options = parser.parse_args()
     decision, path = register(), find(TORCH)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -373,6 +434,8 @@ def main() -> int:
         report["linears"] = linears(Library(path), report["rates"])
     if options.only in (None, "fp8"):
         report["fp8"] = fp8_linears(Library(path), report["rates"])
+    if options.only in (None, "fp8_gated"):
+        report["fp8_gated"] = fp8_gated(Library(path), report["rates"])
     if options.only in (None, "norms"):
         report["norms"] = norms(report["rates"])
     if options.measure:

@@ -35,9 +35,9 @@ inline Finish finish_of(const CudaLinear& a) {
   f.weight_scale_step = a.weight_scale_rows;
   f.gate_scale = a.gate_scale;
   f.gate_scale_step = a.gate_scale_rows;
-  f.least = a.activation == KPDEPLOY_RELU ? 0 : -INFINITY;
+  const int activation = a.activation;  // not of a gated product, which has its own
+  f.least = activation == KPDEPLOY_RELU ? 0 : -INFINITY;
   f.most = 1e4f;
-  const int activation = a.gated ? static_cast<int>(KPDEPLOY_SILU) : a.activation;
   f.smooth = activation == KPDEPLOY_GELU || activation == KPDEPLOY_GELU_TANH || activation == KPDEPLOY_SILU;
   // log(Phi(v) / Phi(-v)) / v in powers of v^2, fitted for v^2 <= 25: GELU by erf within 1e-5 of its value, or 3e-5.
   static const float kErf[5] = {1.5955501f, 0.07317247f, -3.7566669e-4f, -3.9307416e-5f, 1.1411932e-6f};
@@ -85,6 +85,21 @@ __device__ inline void activate(const Finish& f, float& a, float& b) {
     const float c = a * 0.5f, d = b * 0.5f;
     a = fmaf(c, tanh_of(a * fmaf(fmaf(f.half[2], s, f.half[1]), s, f.half[0])), c);
     b = fmaf(d, tanh_of(b * fmaf(fmaf(f.half[2], t, f.half[1]), t, f.half[0])), d);
+  }
+}
+
+// The same by SiLU, which needs no polynomial.
+template <bool kExact>
+__device__ inline void silu(float& a, float& b) {
+  if constexpr (kExact) {
+    const float p = 1 + exp2_of(fminf(a * -1.44269504f, 60)), q = 1 + exp2_of(fminf(b * -1.44269504f, 60));
+    const float r = inverse_of(p * q);
+    a *= r * q;
+    b *= r * p;
+  } else {
+    const float c = a * 0.5f, d = b * 0.5f;
+    a = fmaf(c, tanh_of(c), c);
+    b = fmaf(d, tanh_of(d), d);
   }
 }
 

@@ -5,7 +5,7 @@
 // rounding, storing) while the tensor cores work on the next one.
 // Few rows (up to 64) of a gated one: out^T = weight x^T, 64 rows of each weight to a block; the blocks of a cluster share
 // out K, and add their sums through each other's shared memory. The weights are read once.
-// Others of few rows or few tiles: hopper_shares.cu.
+// One row: dot products, but for a gated one of 8-bit floats, which is few rows. Others: hopper_shares.cu.
 
 #include <algorithm>
 
@@ -170,13 +170,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     int2 held_at{};
     bool holds = false;
     const auto finished = [&](float a, float b, float c, float d) {  // of a gated pair: gates, then products
-      if (f.smooth)
-        activate<true, kExact<Out>>(f, a, b);
-      else
-        activate<false, false>(f, a, b);
-      if (kGated) {
+      if constexpr (kGated) {
+        silu<kExact<Out>>(a, b);
         a *= c;
         b *= d;
+      } else if (f.smooth) {
+        activate<true, kExact<Out>>(f, a, b);
+      } else {
+        activate<false, false>(f, a, b);
       }
       return packed<Out>(a * out_scale, b * out_scale);
     };
@@ -282,31 +283,33 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 constexpr int kFewThreads = 128 + 32;
 
-template <class T, int kRows>
+// kMost: so many blocks at most share out K.
+template <class T, int kRows, int kMost>
 struct Few {
   static constexpr int kWeights = 2;
   static constexpr int kStage = (64 * kWeights + kRows) * kLine;
   static constexpr int kPitch = 64 + 4;  // floats of one row of x in the sums: no bank meets two lanes
   static constexpr int kSums = kRows * kPitch;
   static constexpr int kSent = kWeights * kRows / 8 * 128 * 16;  // bytes that a block sends: four floats of each thread
-  static constexpr int kMostBlocks = 2;
   // Two blocks to a processor: the next kernel's start while this one's run.
-  static constexpr int kFit = (kShared / 2 - 1024 - 256 - (kMostBlocks - 1) * kSent) / kStage;
-  static constexpr int kStages = kFit < 8 ? kFit : 8;
-  static constexpr int kBytes = kStages * kStage + (kMostBlocks - 1) * kSent + 256;
-  static_assert(kWeights * kSums * 4 <= kStages * kStage);
+  static constexpr int kFit = (kShared / 2 - 1024 - 256 - (kMost - 1) * kSent) / kStage;
+  static constexpr int kEnough = kIsF8<T> ? 4 : 8;  // of 8-bit floats five were slower (benchmarks/README.md)
+  static constexpr int kStages = kFit < kEnough ? kFit : kEnough;
+  static constexpr int kScales = kIsF8<T> ? (kWeights * 64 + kRows) * 4 : 0;  // bytes of the weights' and of the rows'
+  static constexpr int kBytes = kStages * kStage + (kMost - 1) * kSent + 256;
+  static_assert(kWeights * kSums * 4 + kScales <= kStages * kStage);
 };
 
-template <class T, class Out, int kRows>
+template <class T, class Out, int kRows, int kMost>
 __global__ void __launch_bounds__(kFewThreads)
     multiply_few_rows(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
                       const __grid_constant__ CUtensorMap gate, Out* const out, const int64_t out_stride,
                       const __grid_constant__ Finish f, const __grid_constant__ Grid g, const int blocks,
                       const bool constant) {
-  using S = Few<T, kRows>;
+  using S = Few<T, kRows, kMost>;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t stages = shared_address(memory), received = stages + S::kStages * S::kStage;
-  const uint32_t full = received + (S::kMostBlocks - 1) * S::kSent, empty = full + 8 * S::kStages;
+  const uint32_t full = received + (kMost - 1) * S::kSent, empty = full + 8 * S::kStages;
   const uint32_t sent = empty + 8 * S::kStages;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blocks > 1 ? cluster_rank() : 0;
   const int column = blockIdx.x / blocks * 64;
@@ -364,6 +367,14 @@ __global__ void __launch_bounds__(kFewThreads)
     return;
   }
   wait_for_earlier_kernels();
+  // Asked for now, needed when the sums are there: of a row of each weight, and of a row of x.
+  float weight_scale = 1, row_scale = 1, out_scale = 1;
+  if constexpr (kIsF8<T>) {
+    const int n = min(column + static_cast<int>(threadIdx.x) % 64, g.columns - 1);
+    weight_scale = threadIdx.x < 64 ? f.weight_scale[n * f.weight_scale_step] : f.gate_scale[n * f.gate_scale_step];
+    row_scale = f.x_scale[min(static_cast<int>(threadIdx.x), g.rows - 1) * f.x_scale_step];
+  }
+  if constexpr (kIsF8<Out>) out_scale = 1 / *f.out_scale;
   float sums[S::kWeights][kRows / 2] = {};
   for (int k = begin; k < end; ++k) {
     const uint32_t from = stages + stage * S::kStage;
@@ -422,6 +433,11 @@ __global__ void __launch_bounds__(kFewThreads)
       for (int i = 0; i < 4; ++i)
         own[w * S::kSums + (j * 8 + lane % 4 * 2 + i % 2) * S::kPitch + warp * 16 + lane / 4 + i / 2 * 8] =
             sums[w][j * 4 + i];
+  float* const scales = own + S::kWeights * S::kSums;
+  if constexpr (kIsF8<T>) {
+    scales[threadIdx.x] = weight_scale;
+    if (threadIdx.x < kRows) scales[128 + threadIdx.x] = row_scale;
+  }
   group_sync(1, 128);
   for (int i = threadIdx.x; i < g.rows * 8; i += 128) {
     const int row = i / 8, from = column + i % 8 * 8;
@@ -429,24 +445,20 @@ __global__ void __launch_bounds__(kFewThreads)
     float v[S::kWeights][8];
 #pragma unroll
     for (int w = 0; w < S::kWeights; ++w) load(own + w * S::kSums + row * S::kPitch + i % 8 * 8, v[w]);
-    const float row_scale = kIsF8<T> ? f.x_scale[row * f.x_scale_step] : 1;
-    const float out_scale = kIsF8<Out> ? 1 / *f.out_scale : 1;
     const int there = min(8, g.columns - from);
     uint32_t result[8 * sizeof(Out) / 4];
 #pragma unroll
     for (int h = 0; h < 8; h += 2) {
-      const int first = min(from + h, g.columns - 1), second = min(from + h + 1, g.columns - 1);
-      float a = v[0][h], b = v[0][h + 1];
+      float a = v[0][h], b = v[0][h + 1], c = v[1][h], d = v[1][h + 1];
       if constexpr (kIsF8<T>) {
-        a *= row_scale * f.weight_scale[first * f.weight_scale_step];
-        b *= row_scale * f.weight_scale[second * f.weight_scale_step];
+        const float by_row = scales[128 + row];
+        const float* const up = scales + i % 8 * 8 + h;
+        a *= by_row * up[0];
+        b *= by_row * up[1];
+        c *= by_row * up[64];
+        d *= by_row * up[65];
       }
-      float c = v[S::kWeights - 1][h], d = v[S::kWeights - 1][h + 1];
-      if constexpr (kIsF8<T>) {
-        c *= row_scale * f.gate_scale[first * f.gate_scale_step];
-        d *= row_scale * f.gate_scale[second * f.gate_scale_step];
-      }
-      activate<true, kExact<Out>>(f, c, d);
+      silu<kExact<Out>>(c, d);
       a *= c;
       b *= d;
       const uint32_t both = packed<Out>(a * out_scale, b * out_scale);
@@ -469,14 +481,41 @@ __global__ void __launch_bounds__(kFewThreads)
   }
 }
 
-// One or two rows: kWarps warps read two rows of the weight (one and its gate's), all that they hold asked for at once.
-template <class T, int kRows, bool kGated, int kWarps>
-__global__ void __launch_bounds__(256) multiply_dots(const T* const x, const int64_t x_stride, const CudaMatrix weight,
-                                                     const CudaMatrix gate, T* const out, const int64_t out_stride,
-                                                     const __grid_constant__ Finish f, const int columns, const int k,
-                                                     const bool constant) {
-  constexpr int kAtOnce = 4, kItems = 8, kStep = 32 * kItems * kWarps;
-  __shared__ float parts[8][kRows][2];
+// 16 bytes as floats.
+template <class T>
+__device__ inline void widen(const uint4& v, float (&to)[16 / sizeof(T)]) {
+  if constexpr (kIsF8<T>) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const auto two = reinterpret_cast<const __nv_fp8x2_storage_t*>(&v)[i];
+      const float2 wide = __half22float2(__half2(__nv_cvt_fp8x2_to_halfraw2(two, __NV_E4M3)));
+      to[2 * i] = wide.x;
+      to[2 * i + 1] = wide.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) to[i] = to_float(reinterpret_cast<const T*>(&v)[i]);
+  }
+}
+
+template <class Out>
+__device__ inline Out rounded(float v) {
+  if constexpr (kIsF8<Out>) {
+    Out to;
+    to.__x = __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3);
+    return to;
+  } else {
+    return from_float<Out>(v);
+  }
+}
+
+// One row: kWarps warps read two rows of the weight (one and its gate's), all that they hold asked for at once.
+template <class T, class Out, bool kGated, int kWarps>
+__global__ void __launch_bounds__(256) multiply_dots(const T* const x, const CudaMatrix weight, const CudaMatrix gate,
+                                                     Out* const out, const __grid_constant__ Finish f,
+                                                     const int columns, const int k, const bool constant) {
+  constexpr int kAtOnce = 4, kItems = 16 / sizeof(T), kStep = 32 * kItems * kWarps;
+  __shared__ float parts[8][2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = warp % kWarps * 32 + lane;
   const int n = (blockIdx.x * 8 + warp) / kWarps * (kGated ? 1 : 2);
   let_next_kernel_begin();
@@ -496,68 +535,74 @@ __global__ void __launch_bounds__(256) multiply_dots(const T* const x, const int
   if (constant)
     ask(place * kItems);
   else
-    for (int at = place * 64; at < k; at += kWarps * 32 * 64) {
+    for (int at = place * kLine / int{sizeof(T)}; at < k; at += kWarps * 32 * kLine / int{sizeof(T)}) {
       prefetch(first + at);
       prefetch(second + at);
     }
   wait_for_earlier_kernels();
   if (!constant) ask(place * kItems);
-  float sums[kRows][2] = {};
+  // Asked for now, needed when the sums are there.
+  float scales[2] = {1, 1}, out_scale = 1;
+  if constexpr (kIsF8<T>) {
+    const float by_row = *f.x_scale;
+    scales[0] = by_row * f.weight_scale[at_first * f.weight_scale_step];
+    scales[1] = by_row * (kGated ? f.gate_scale[at_first * f.gate_scale_step]
+                                 : f.weight_scale[at_second * f.weight_scale_step]);
+  }
+  if constexpr (kIsF8<Out>) out_scale = 1 / *f.out_scale;
+  float sums[2] = {};
   for (int at = place * kItems; at < k;) {
-    uint4 v[kRows][kAtOnce];
+    uint4 v[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
+      v[i] = at + i * kStep < k ? *reinterpret_cast<const uint4*>(x + at + i * kStep) : uint4{};
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        v[r][i] = at + i * kStep < k ? *reinterpret_cast<const uint4*>(x + r * x_stride + at + i * kStep) : uint4{};
+    for (int i = 0; i < kAtOnce; ++i) {
+      float a[kItems], b[kItems];
+      widen<T>(v[i], a);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i)
+      for (int s = 0; s < 2; ++s) {
+        widen<T>(w[s][i], b);
 #pragma unroll
-      for (int j = 0; j < kItems; ++j)
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int s = 0; s < 2; ++s)
-            sums[r][s] = fmaf(to_float(reinterpret_cast<const T*>(&v[r][i])[j]),
-                              to_float(reinterpret_cast<const T*>(&w[s][i])[j]), sums[r][s]);
+        for (int j = 0; j < kItems; ++j) sums[s] = fmaf(a[j], b[j], sums[s]);
+      }
+    }
     at += kAtOnce * kStep;
     if (at < k) ask(at);
   }
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      sums[r][s] = lanes_sum<32>(sums[r][s]);
-      if (kWarps > 1 && lane == 0) parts[warp][r][s] = sums[r][s];
-    }
+  for (int s = 0; s < 2; ++s) {
+    sums[s] = lanes_sum<32>(sums[s]);
+    if (kWarps > 1 && lane == 0) parts[warp][s] = sums[s];
+  }
   if (kWarps > 1) __syncthreads();
   if (place || n >= columns) return;
+  float a = sums[0], b = sums[1];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    float a = sums[r][0], b = sums[r][1];
-#pragma unroll
-    for (int i = 1; i < kWarps; ++i) {
-      a += parts[warp + i][r][0];
-      b += parts[warp + i][r][1];
+  for (int i = 1; i < kWarps; ++i) {
+    a += parts[warp + i][0];
+    b += parts[warp + i][1];
+  }
+  if constexpr (kIsF8<T>) {
+    a *= scales[0];
+    b *= scales[1];
+  }
+  if constexpr (kGated) {
+    float c = 0;
+    silu<kExact<Out>>(b, c);
+    out[n] = rounded<Out>(a * b * out_scale);
+  } else {
+    const bool two = n + 1 < columns;
+    if (f.bias) {
+      a += to_float(static_cast<const BiasOf<T>*>(f.bias)[n]);
+      b += to_float(static_cast<const BiasOf<T>*>(f.bias)[n + two]);
     }
-    T* const to = out + r * out_stride + n;
-    if constexpr (kGated) {
-      float c = 0;
-      activate<true, kExact<T>>(f, b, c);
-      to[0] = from_float<T>(a * b);
-    } else {
-      const bool two = n + 1 < columns;
-      if (f.bias) {
-        a += to_float(static_cast<const T*>(f.bias)[n]);
-        b += to_float(static_cast<const T*>(f.bias)[n + two]);
-      }
-      if (f.smooth)
-        activate<true, kExact<T>>(f, a, b);
-      else
-        activate<false, false>(f, a, b);
-      to[0] = from_float<T>(a);
-      if (two) to[1] = from_float<T>(b);
-    }
+    if (f.smooth)
+      activate<true, kExact<Out>>(f, a, b);
+    else
+      activate<false, false>(f, a, b);
+    out[n] = rounded<Out>(a * out_scale);
+    if (two) out[n + 1] = rounded<Out>(b * out_scale);
   }
 }
 
@@ -579,9 +624,9 @@ void run_tiles(const CudaLinear& a, int processors, void* stream) {
               kThreads, S::kBytes, stream, x, weight, gate, out, finish_of(a), g);
 }
 
-template <class T, class Out, int kRows>
-void run_few(const CudaLinear& a, int processors, void* stream) {
-  using S = Few<T, kRows>;
+template <class T, class Out, int kRows, int kMost>
+void run_few_of(const CudaLinear& a, int tiles, int blocks, void* stream) {
+  using S = Few<T, kRows, kMost>;
   Grid g{};
   g.rows = static_cast<int>(a.rows);
   g.columns = static_cast<int>(a.n);
@@ -589,26 +634,42 @@ void run_few(const CudaLinear& a, int processors, void* stream) {
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kRows);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, 64);
   const CUtensorMap gate = map_of<T>(a.gate, a.n, a.k, 64);
-  const int tiles = blocks_of(a.n, 64);
-  int blocks = 1;
-  while (blocks < S::kMostBlocks && tiles * blocks * 2 <= processors && g.steps >= blocks * 4) blocks *= 2;
-  launch_clusters(multiply_few_rows<T, Out, kRows>, tiles * blocks, blocks, kFewThreads, S::kBytes, stream, x,
+  launch_clusters(multiply_few_rows<T, Out, kRows, kMost>, tiles * blocks, blocks, kFewThreads, S::kBytes, stream, x,
                   weight, gate, reinterpret_cast<Out*>(a.out.data), pitch_of<Out>(a.out, a.n) / int64_t{sizeof(Out)},
                   finish_of(a), g, blocks, a.constant);
 }
 
-template <class T, bool kGated, int kWarps>
-void run_dots_of(const CudaLinear& a, void* stream) {
-  launch_clusters(multiply_dots<T, 1, kGated, kWarps>, blocks_of(a.n * kWarps, kGated ? 8 : 16), 1, 256, 0, stream,
-                  reinterpret_cast<const T*>(a.x.data), pitch_of<T>(a.x, a.k) / int64_t{sizeof(T)}, a.weight, a.gate,
-                  reinterpret_cast<T*>(a.out.data), pitch_of<T>(a.out, a.n) / int64_t{sizeof(T)}, finish_of(a),
-                  static_cast<int>(a.n), static_cast<int>(a.k), a.constant);
+template <class T, class Out, int kRows>
+void run_few(const CudaLinear& a, int processors, void* stream) {
+  const int tiles = blocks_of(a.n, 64);
+  if (tiles * 2 <= processors && blocks_of(a.k * sizeof(T), kLine) >= 4)
+    return run_few_of<T, Out, kRows, 2>(a, tiles, 2, stream);
+  // With 64 rows the room for another block's sums is that of a fourth stage.
+  run_few_of<T, Out, kRows, kRows == 64 ? 1 : 2>(a, tiles, 1, stream);
 }
 
-template <class T, bool kGated>
-void run_dots(const CudaLinear& a, void* stream) {
-  // Beyond 1024 columns a warp would have to ask a second time.
-  a.k > 1024 ? run_dots_of<T, kGated, 4>(a, stream) : run_dots_of<T, kGated, 1>(a, stream);
+template <class T, class Out, bool kGated, int kWarps>
+void run_dots_of(const CudaLinear& a, void* stream) {
+  launch_clusters(multiply_dots<T, Out, kGated, kWarps>, blocks_of(a.n * kWarps, kGated ? 8 : 16), 1, 256, 0, stream,
+                  reinterpret_cast<const T*>(a.x.data), a.weight, a.gate, reinterpret_cast<Out*>(a.out.data),
+                  finish_of(a), static_cast<int>(a.n), static_cast<int>(a.k), a.constant);
+}
+
+// False where the last 16 bytes of a row are not all its own.
+template <class T, class Out, bool kGated>
+bool run_dots(const CudaLinear& a, void* stream) {
+  const int64_t bytes = a.k * int64_t{sizeof(T)};
+  if (bytes % 16) return false;
+  // Beyond 2048 bytes a warp would have to ask a second time. Four have room for 8192, and what is not there takes as long
+  // as what is: twice as long a byte of 8-bit floats.
+  constexpr int kSome = kIsF8<T> ? 2 : 4;
+  if (bytes <= 2048)
+    run_dots_of<T, Out, kGated, 1>(a, stream);
+  else if (bytes <= 4096)
+    run_dots_of<T, Out, kGated, kSome>(a, stream);
+  else
+    run_dots_of<T, Out, kGated, 4>(a, stream);
+  return true;
 }
 
 // Whether the copy engine can: rows a multiple of 16 bytes apart, from an address that is one.
@@ -640,54 +701,43 @@ void run_widest(const CudaLinear& a, int processors, void* stream) {
   run_tiles<T, Out, 128, false>(a, processors, stream);
 }
 
+template <class T, class Out>
+void run_gated(const CudaLinear& a, int processors, void* stream) {
+  // Of one row, the tensor cores take 8-bit floats as they are; dots would have to make floats of them first.
+  if constexpr (!kIsF8<T>)
+    if (a.rows == 1 && run_dots<T, Out, true>(a, stream)) return;
+  if (a.rows <= 16) return run_few<T, Out, 16>(a, processors, stream);
+  if (a.rows <= 32) return run_few<T, Out, 32>(a, processors, stream);
+  if (a.rows <= 64) return run_few<T, Out, 64>(a, processors, stream);
+  // Half of the columns in a tile, where all of them have a multiprocessor each.
+  if (blocks_of(a.rows, kTileRows) * blocks_of(a.n, 64) <= processors)
+    return run_tiles<T, Out, 128, true>(a, processors, stream);
+  run_tiles<T, Out, 256, true>(a, processors, stream);
+}
+
+template <class T, class Out>
+bool hopper_linear_as(const CudaLinear& a, int processors, void* stream) {
+  if (!fits<T, Out>(a)) return false;
+  if (a.gated)
+    run_gated<T, Out>(a, processors, stream);
+  else if (!(a.rows == 1 && run_dots<T, Out, false>(a, stream)) && !hopper_shares<T, Out>(a, processors, stream))
+    run_widest<T, Out>(a, processors, stream);
+  return true;
+}
+
 }  // namespace
 
 template <class T>
 bool hopper_linear(const CudaLinear& a, int processors, void* stream) {
-  if (!fits<T, T>(a)) return false;
-  if (a.gated) {
-    if (a.rows == 1)
-      run_dots<T, true>(a, stream);
-    else if (a.rows <= 16)
-      run_few<T, T, 16>(a, processors, stream);
-    else if (a.rows <= 64)
-      run_few<T, T, 64>(a, processors, stream);
-    else
-      run_tiles<T, T, 256, true>(a, processors, stream);
-  } else {
-    if (a.rows == 1)
-      run_dots<T, false>(a, stream);
-    else if (!hopper_shares<T, T>(a, processors, stream))
-      run_widest<T, T>(a, processors, stream);
-  }
-  return true;
+  return hopper_linear_as<T, T>(a, processors, stream);
 }
 
 template bool hopper_linear<bf16>(const CudaLinear&, int, void*);
 template bool hopper_linear<f16>(const CudaLinear&, int, void*);
 
-namespace {
-
-template <class Out>
-bool fp8_linear_as(const CudaLinear& a, int processors, void* stream) {
-  if (!fits<f8, Out>(a)) return false;
-  if (a.gated) {
-    if (a.rows <= 16)
-      run_few<f8, Out, 16>(a, processors, stream);
-    else if (a.rows <= 64)
-      run_few<f8, Out, 64>(a, processors, stream);
-    else
-      run_tiles<f8, Out, 256, true>(a, processors, stream);
-  } else if (!hopper_shares<f8, Out>(a, processors, stream)) {
-    run_widest<f8, Out>(a, processors, stream);
-  }
-  return true;
-}
-
-}  // namespace
-
 bool hopper_fp8_linear(const CudaLinear& a, int processors, void* stream) {
-  return a.out_scale ? fp8_linear_as<f8>(a, processors, stream) : fp8_linear_as<bf16>(a, processors, stream);
+  return a.out_scale ? hopper_linear_as<f8, f8>(a, processors, stream)
+                     : hopper_linear_as<f8, bf16>(a, processors, stream);
 }
 
 }  // namespace kpdeploy

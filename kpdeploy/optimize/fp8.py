@@ -19,13 +19,16 @@ from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.ops.fp8_quantize import LARGEST
-from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, parameter, sweep, take
+from kpdeploy.optimize.graph import aten, insert, is_call, name_of, parameter, sweep, take
 
 ops = torch.ops.kpdeploy
 
 E4M3 = torch.float8_e4m3fn
 
 Outputs = Sequence[torch.Tensor]
+
+PRODUCTS = {f"{NAMESPACE}::linear_activation": 1, f"{NAMESPACE}::gated_linear": 2}
+"""Products, and how many weights of each follow its input."""
 
 MULTIPLE = 16
 """Rows and columns of a weight that the kernels take."""
@@ -39,8 +42,8 @@ JUDGED = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One product: its node, the name of its weight, the scale of its input, and what it costs alone, as error of the
-    outputs. `kept`: it stays in 16 bits."""
+    """One product: its node, the name of its weight (of a gated one, of both), the scale of its input, and what it
+    costs alone, as error of the outputs. `kept`: it stays in 16 bits."""
 
     node: Node
     name: str
@@ -85,10 +88,18 @@ def lower(
 # Judging: what each product costs.
 
 
-def _fits(node: Node) -> bool:
-    weight: Any = node.args[1]
-    found = weight.meta["val"]
-    return weight.op == "get_attr" and all(size % MULTIPLE == 0 for size in found.shape)
+def _products(module: GraphModule) -> list[Node]:
+    """The products that have a form in 8 bits."""
+    return [node for node in module.graph.nodes if name_of(node) in PRODUCTS and all(map(_fits, _weights(node)))]
+
+
+def _weights(node: Node) -> tuple[Any, ...]:
+    return node.args[1 : 1 + PRODUCTS[name_of(node)]]
+
+
+def _fits(weight: Any) -> bool:
+    sizes = weight.meta["val"].shape
+    return weight.op == "get_attr" and all(size % MULTIPLE == 0 for size in sizes)
 
 
 class _Simulated(Interpreter):
@@ -101,14 +112,14 @@ class _Simulated(Interpreter):
         self.largest: dict[Node, float] = {}
 
     def run_node(self, n: Node) -> Any:
-        if is_call(n, ops.linear_activation.default):
-            x, weight, bias, activation = self.fetch_args_kwargs_from_env(n)[0]
+        if (count := PRODUCTS.get(name_of(n), 0)) > 0:
+            x, *rest = self.fetch_args_kwargs_from_env(n)[0]
             if n in self.rounded:
-                rows = weight_scales(weight)[:, None]
-                x, weight = _rounded(x, self.scales[n]), _rounded(weight, rows)
+                x = _rounded(x, self.scales[n])
+                rest[:count] = [_rounded(weight, weight_scales(weight)[:, None]) for weight in rest[:count]]
             elif n not in self.scales:
                 self.largest[n] = max(self.largest.get(n, 0), float(x.abs().amax()) if x.numel() else 0.0)
-            return n.target(x, weight, bias, activation)  # type: ignore[operator]
+            return n.target(x, *rest)  # type: ignore[operator]
         return super().run_node(n)
 
 
@@ -129,7 +140,7 @@ def weight_scales(weight: torch.Tensor) -> torch.Tensor:
 
 def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> tuple[list[Layer], list[Outputs]]:
     """Each product, judged alone; and what the module gives with none rounded."""
-    nodes = [node for node in calls(module.graph, ops.linear_activation.default) if _fits(node)]
+    nodes = _products(module)
     looking = _Simulated(module, {})
     plain = [looking.run(*tensors) for tensors in inputs]
     scales = {node: max(looking.largest.get(node, 0.0), 1e-6) / LARGEST for node in nodes}
@@ -138,8 +149,8 @@ def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> tu
     for node in nodes:
         run = _Simulated(module, scales, {node})
         error = max(_error(run.run(*inputs[i]), plain[i]) for i in few)
-        weight: Any = node.args[1]
-        found.append(Layer(node=node, name=str(weight.target), scale=scales[node], error=error))
+        name = " + ".join(str(weight.target) for weight in _weights(node))
+        found.append(Layer(node=node, name=name, scale=scales[node], error=error))
     return found, plain
 
 
@@ -191,31 +202,19 @@ def _rewrite(module: GraphModule, chosen: Sequence[Layer]) -> None:
 
 def _rewrite_one(module: GraphModule, layer: Layer, chosen: Mapping[Node, Layer], inputs: dict[Node, Node]) -> None:
     node = layer.node
-    x, weight, bias, activation = node.args
-    held = parameter(module, weight)
-    assert held is not None  # _fits
-    rows = weight_scales(held.detach())
-    eight = _in_8_bits(held.detach(), rows[:, None])
-    source = _uncast(x)
+    weights, scales = _weights_in_8_bits(module, node)
+    rest = node.args[1 + len(weights) :]
+    source = _uncast(node.args[0])
     if source not in inputs:
         inputs[source] = _quantized(module, source, node, layer.scale, chosen)
     # A product whose result only products in 8 bits read gives it to them so.
     reader = _reader(node, chosen)
     out_scale = _scale(module, node, reader.scale) if reader else None
-    made = insert(
-        node,
-        ops.fp8_linear_activation.default,
-        (
-            inputs[source],
-            _constant(module, node, eight),
-            _scale(module, node, layer.scale),
-            _constant(module, node, rows),
-            bias,
-            out_scale,
-            activation,
-        ),
-        node,
-    )
+    given = (inputs[source], *weights, _scale(module, node, layer.scale), *scales)
+    if rest:  # a bias and an activation
+        made = insert(node, ops.fp8_linear_activation.default, (*given, rest[0], out_scale, rest[1]), node)
+    else:
+        made = insert(node, ops.fp8_gated_linear.default, (*given, out_scale), node)
     node.replace_all_uses_with(made)
     if out_scale is not None:
         inputs[made] = made
@@ -226,6 +225,15 @@ def _reader(node: Node, chosen: Mapping[Node, Layer]) -> Layer | None:
     readers = [chosen.get(user) for user in node.users]
     straight = all(reader is not None and reader.node.args[0] is node for reader in readers)
     return readers[0] if straight and readers else None
+
+
+def _weights_in_8_bits(module: GraphModule, node: Node) -> tuple[list[Node], list[Node]]:
+    """The weights of a product, and the scales of their rows."""
+    held = [parameter(module, weight) for weight in _weights(node)]
+    plain = [tensor.detach() for tensor in held if tensor is not None]  # all are: _fits
+    rows = [weight_scales(weight) for weight in plain]
+    eight = [_in_8_bits(weight, scale[:, None]) for weight, scale in zip(plain, rows, strict=True)]
+    return [_constant(module, node, t) for t in eight], [_constant(module, node, t) for t in rows]
 
 
 def _uncast(value: Any) -> Node:

@@ -169,7 +169,7 @@ HOPPER_SHAPES = ((1, 72, 40), (2, 200, 88), (13, 528, 136), (60, 336, 80), (130,
                  (4096, 1024, 4096), (9, 4096, 8192),
                  # A row whose columns several warps share; K shared by clusters of 2 and 4; blocks that share nothing.
                  (1, 2056, 72), (128, 768, 768), (100, 4112, 272), (128, 768, 3072), (260, 1040, 144),
-                 (700, 1040, 2000))  # fmt: skip
+                 (700, 1040, 2000), (30, 1040, 144), (1, 1928, 72))  # fmt: skip
 """Rows, inputs, outputs, in multiples of 16 bytes: every kernel for compute capability 9.0, tails and many tiles."""
 
 
@@ -231,6 +231,25 @@ def test_one_row_of_8_bit_floats_may_have_any_number_of_outputs(hopper: None) ->
         (out,) = through_torch(GPU_OPS["fp8_linear_activation"], arguments)
         ref = GPU_OPS["fp8_linear_activation"].reference(*arguments)
         assert error(out.double(), ref.double()) <= (4e-3 if out_scale is None else 3e-2)
+
+
+def test_products_of_one_row_read_no_further_than_its_inputs(hopper: None) -> None:
+    """Rows 16 bytes apart, whose last 16 are not all theirs: NaN beyond them."""
+    one = torch.ones(1)
+    for kind, wide in ((torch.bfloat16, 72), (torch.float8_e4m3fn, 80)):
+        x, g, w = (torch.randn(rows, 70) / 8 for rows in (1, 40, 40))
+        given = [torch.nn.functional.pad(t, (0, wide - 70), value=torch.nan).to(kind)[:, :70] for t in (x, g, w)]
+        cases = (
+            [("linear_activation", (given[0], given[2], None, "none")), ("gated_linear", tuple(given))]
+            if kind is torch.bfloat16
+            else [
+                ("fp8_linear_activation", (given[0], given[2], one, one, None, None, "none")),
+                ("fp8_gated_linear", (*given, one, one, one, None)),
+            ]
+        )
+        for name, arguments in cases:
+            op = (OPS | GPU_OPS)[name]
+            assert worst(through_torch(op, arguments), expected(op, arguments)) <= 6e-3, name
 
 
 @pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
@@ -551,6 +570,18 @@ def test_gated_products_of_8_bit_floats_give_the_reference(
     )
     assert out.dtype == (torch.float8_e4m3fn if quantized else torch.bfloat16)
     assert error(out.double() * (0.05 if quantized else 1), ref) <= (4e-2 if quantized else 6e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 33, 200])
+def test_gated_products_of_8_bit_floats_take_strided_rows_and_none(rows: int, hopper: None) -> None:
+    kind, one = torch.float8_e4m3fn, torch.tensor(0.3)
+    x, g, w = (torch.randn(n, 256).to(kind)[:, 16:112] for n in (rows, 272, 272))
+    op = GPU_OPS["fp8_gated_linear"]
+    for out_scale in (None, torch.tensor(2.0)):
+        arguments = (x, g, w, one, one, one, out_scale)
+        (out,) = through_torch(op, arguments)
+        assert error(out.double(), op.reference(*arguments).double()) <= (6e-3 if out_scale is None else 3e-2)
+        assert through_torch(op, (x[:0], *arguments[1:]))[0].shape == (0, 272)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,7 +28,7 @@ from kpdeploy.load import Request
 from kpdeploy.load.factory import from_module
 from kpdeploy.load.flat import Flat
 from kpdeploy.model import Model
-from kpdeploy.ops import GPU_OPS, NAMESPACE
+from kpdeploy.ops import GPU_OPS, NAMESPACE, register
 from kpdeploy.optimize import fuse
 from kpdeploy.optimize.lowered import lowered
 from kpdeploy.optimize.pack import pack
@@ -423,6 +423,7 @@ def outputs_of(module: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor
 
 @pytest.fixture
 def references() -> Iterator[None]:
+    register()  # first: what is registered last counts
     library = torch.library.Library(NAMESPACE, "IMPL")
     for op in GPU_OPS.values():
         library.impl(op.name, op.reference, "CPU")
@@ -467,6 +468,75 @@ def test_layers_that_cost_too_much_stay_in_16_bits(capture: Capture, bert: Model
     assert calls(part.module)["linear_activation"] == len(kept)
     with pytest.raises(ExportFailed, match="no product can be computed in 8 bits within the budget"):
         lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1e-7)
+
+
+@pytest.mark.usefixtures("references")
+def test_all_products_of_a_llama_are_in_8_bits(tmp_path: Path) -> None:
+    llama, rng = model(Rotary()), np.random.default_rng()
+    capture = _fused(Capture(llama, tmp_path), (), ()).capture
+    assert capture is not None
+    samples = [sample(llama.signature, {"batch": 4, "seq": 24}, rng) for _ in range(3)]
+    found = lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1)
+    counts = calls(found.module)
+    # A layer: queries, keys and values in one, attention's output, gate and up in one, down.
+    assert (counts["fp8_linear_activation"], counts["fp8_gated_linear"]) == (6, 2)
+    assert not {"linear_activation", "gated_linear", "rms_norm"} & set(counts)
+    # Every norm quantizes but the last, which no product reads.
+    assert (counts["fp8_rms_norm"], counts["fp8_add_rms_norm"], counts["add_rms_norm"]) == (1, 3, 1)
+    for node in found.module.graph.nodes:
+        if node.target is torch.ops.kpdeploy.fp8_gated_linear.default:
+            (down,) = node.users
+            assert down.target is torch.ops.kpdeploy.fp8_linear_activation.default
+            assert down.args[0] is node
+            assert node.args[6] is not None
+    assert sum("gate_proj" in layer.name and "up_proj" in layer.name for layer in found.layers) == 2
+    form = Form(precision="fp8", padded=("batch", "seq"))
+    cuda.export(capture, tmp_path, form, module=Flat(found.module, None), constant=found.constant, device="cpu")
+    run = runtime.load(str(tmp_path / cuda.FILENAME), inputs=(), outputs=(), settings={})
+    inputs = sample(llama.signature, {"batch": 3, "seq": 13}, rng)
+    assert relative_error(run(list(inputs.values()))[0], answer(llama, inputs)) <= 0.15
+
+
+class Gated(torch.nn.Module):
+    """The MLP of a Llama. `loud`: in a channel that has no weight, the input is too large for the rest in 8 bits."""
+
+    def __init__(self, loud: str) -> None:
+        super().__init__()
+        self.gate, self.up = (torch.nn.Parameter(torch.randn(96, 64) / 8) for _ in range(2))
+        self.down = torch.nn.Parameter(torch.randn(64, 96) / 10)
+        self.loud = loud
+        with torch.no_grad():
+            for weight in {"": (), "gated": (self.gate, self.up), "down": (self.down,)}[loud]:
+                weight[:, 0] = 0
+            if loud == "down":
+                self.gate[0], self.up[0] = 1e3, 1e3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.kpdeploy
+        if self.loud == "gated":
+            x = x + torch.nn.functional.one_hot(torch.tensor(0), 64) * 1e6
+        inner = ops.gated_linear(x, self.gate, self.up)
+        found: torch.Tensor = ops.linear_activation(inner, self.down, None, "none")
+        return found
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize(
+    ("loud", "left", "wanted"),
+    [
+        ("", "", {"fp8_quantize": 1, "fp8_gated_linear": 1, "fp8_linear_activation": 1}),
+        ("gated", "gate + up", {"gated_linear": 1, "fp8_quantize": 1, "fp8_linear_activation": 1}),
+        ("down", "down", {"fp8_quantize": 1, "fp8_gated_linear": 1, "linear_activation": 1}),
+    ],
+)
+def test_a_gated_product_that_costs_too_much_stays_in_16_bits(loud: str, left: str, wanted: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    samples = [{"x": torch.randn(8, 64).numpy()} for _ in range(2)]
+    program = torch.export.export(Gated(loud), (torch.randn(8, 64),))
+    found = lowered(program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=0.25)
+    assert calls(found.module) == wanted
+    assert [layer.name for layer in found.layers if layer.kept] == ([left] if left else [])
+    assert [layer.name for layer in found.layers] == ["gate + up", "down"]
 
 
 # The candidates of the pipeline.
