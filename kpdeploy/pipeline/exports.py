@@ -144,7 +144,9 @@ def export(
     from kpdeploy.load.calibration import calibration
 
     _check_choices(target, format, fuse, mount)
-    wanted_layout = Wanted.parse(memory_budget, tune, target)
+    wanted_layout = replace(
+        Wanted.parse(memory_budget, tune, target), instances=dict(serving or {}).get("instances", 1)
+    )
     rungs, budget = rungs_of(target, format, level, latency_budget_ms), Budget.parse(accuracy_budget)
     tolerances = _tolerances(tolerance)
     # What can be told without the model is told before minutes are spent on it.
@@ -184,7 +186,7 @@ def export(
                 break
         check_latency(candidates, chosen, latency_budget_ms)
         layout = lay_out(candidates, chosen, settled.signature, wanted_layout, progress)
-        if layout.chosen is not chosen:
+        if layout.chosen is not chosen or layout.thinned:
             chosen = layout.chosen
             _, windows = measure([chosen], settled.signature, progress)
         told += [*unusable(level), *layout.decisions]

@@ -197,7 +197,8 @@ class Graphs:
                 with torch.inference_mode():
                     results = self.captured[index].run_there(arrays, mask)
                     return [result[cut].clone() for result, cut in zip(results, cuts, strict=True)]
-            return self.captured[index].run(arrays, cuts)
+            found: Arrays = self.captured[index].run(arrays, cuts)
+            return found
 
     def _mask(self, arrays: Arrays) -> np.ndarray[Any, Any] | None:
         """What tells a request's tokens from its padding, on the host; None where padding is not dropped."""
