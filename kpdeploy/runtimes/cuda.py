@@ -145,7 +145,7 @@ def _views(memory: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequen
     found = []
     for shape, dtype, begin in zip(shapes, dtypes, _places(shapes, dtypes)[0], strict=True):
         part = memory[begin : begin + math.prod(shape) * dtype.itemsize]
-        found.append(part.view(dtype).view(*shape))
+        found.append(part.view(dtype).view(tuple(shape)))
     return found
 
 
