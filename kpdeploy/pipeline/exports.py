@@ -128,8 +128,8 @@ def export(
             texts, one a line, where the model brings a tokenizer; without it they are drawn at random from the valid
             values. The proof asks some of them too, and they are the golden requests.
         tune: the load to measure instances, threads and allocators for: "latency" or "throughput".
-        memory_budget: what all instances may take together, such as "4GiB": the fastest that fits is packaged, with as
-            many instances and as large a batch as fit.
+        memory_budget: what all instances may take together, such as "4GiB", of the GPU where the model runs on one:
+            the fastest that fits is packaged, with as many instances, CUDA graphs and as large a batch as fit.
         examine: called with the version in a repository of its own before it goes into `repo`: what this raises, export
             raises, and publishes nothing.
         activate: False: the version is published, and the one before it stays in service, until a rollout promotes it.

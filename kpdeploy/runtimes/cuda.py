@@ -174,8 +174,7 @@ class Graphs:
         self.host = torch.zeros(largest, dtype=torch.uint8, pin_memory=self.on_gpu)
         self.memory = torch.zeros(largest, dtype=torch.uint8, device=self.device) if self.on_gpu else self.host
         self.answers = torch.zeros(SMALL, dtype=torch.uint8, pin_memory=self.on_gpu)
-        with torch.inference_mode():
-            made = {index: _Bucket(self, self.buckets[index]) for index in tools.largest_first(self.buckets)}
+        made = {index: _Bucket(self, self.buckets[index]) for index in tools.largest_first(self.buckets)}
         self.captured = [made[index] for index in range(len(self.buckets))]
         LOADED.add(self)
 
@@ -246,7 +245,9 @@ class _Bucket:
         self.homes: list[torch.Tensor] = []
         if graphs.on_gpu:
             self._capture()
+            self.homes = self.places_on_host()
 
+    @torch.inference_mode()
     def _capture(self) -> None:
         stream = self.graphs.stream
         assert stream is not None
@@ -263,9 +264,11 @@ class _Bucket:
         self.graph.replay()
         torch.cuda.synchronize()
         self.graphs.graph_bytes += max(0, _outside() - before)
+
+    def places_on_host(self) -> list[torch.Tensor]:
+        """Where answers come to on the host, if they are small."""
         shapes, dtypes = [o.shape for o in self.outputs], [o.dtype for o in self.outputs]
-        if _places(shapes, dtypes)[1] <= SMALL:
-            self.homes = _views(self.graphs.answers, shapes, dtypes)
+        return _views(self.graphs.answers, shapes, dtypes) if _places(shapes, dtypes)[1] <= SMALL else []
 
     def run(self, arrays: Arrays, cuts: Sequence[tuple[slice, ...]]) -> list[np.ndarray[Any, Any]]:
         """The answers to a request on the host: `cuts` of the bucket's outputs."""

@@ -30,6 +30,12 @@ def test_without_padding_a_row_alone_has_one_bucket_a_length_and_batches_have_sh
     assert tokens[32, 512] == list(range(4096, 16385, 1024))
 
 
+def test_a_length_that_is_fixed_has_places_for_tokens_too() -> None:
+    found = buckets(parse_inputs(("ids:int64[batch=1..8,128]", "mask:int64[batch,128]{mask}")), dropped=True)
+    assert [b["tokens"] for b in found if b["batch"] == 1] == [128]
+    assert max(b["tokens"] for b in found if b["batch"] == 8) == 1024
+
+
 def test_a_fixed_model_has_one_bucket() -> None:
     assert buckets(parse_inputs(("x:float32[3,4]",)), dropped=False) == [{}]
 
