@@ -44,7 +44,7 @@ from kpdeploy.ops import register
 from kpdeploy.ops.libraries import TORCH, find
 from kpdeploy.optimize import fuse
 from kpdeploy.optimize.lowered import lowered
-from kpdeploy.runtimes import buckets, cuda
+from kpdeploy.runtimes import cuda
 
 ROUNDS = 7
 REPLAYS = 20
@@ -331,10 +331,9 @@ def whole_us(graph: Any, arrays: Mapping[str, Any]) -> float:
 
 def replay_of(graph: Any, arrays: Mapping[str, Any]) -> Callable[[], Any]:
     """The replay of the graph in which a request runs: the request itself ran just before."""
-    sizes = buckets.sizes_of(list(arrays.values()), graph.described["inputs"])
-    if graph.described["mask"] is not None:
-        sizes["tokens"] = int(list(arrays.values())[graph.described["mask"]].sum())
-    index = buckets.smallest(graph.buckets, sizes, graph.padded)
+    mask = graph.described["mask"]
+    asked = list(arrays.values())
+    index, _ = graph.ladder.find(asked, 0 if mask is None else int(asked[mask].sum()))
     assert index is not None
     replay: Callable[[], Any] = graph.captured[index].graph.replay
     return replay

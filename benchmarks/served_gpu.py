@@ -6,8 +6,9 @@
 
 `kpdeploy serve` and the bare runtime (the artifact's own, in this process, NumPy to NumPy) answer the same requests
 in turns; the medians of all calls count. Clients hold one connection: gRPC by tritonclient, HTTP by http.client with
-binary tensors. `server` are the server's own counters over the calls of one client, microseconds a request: in the
-queue, taking inputs, computing (the python backend's messages and the model), giving outputs.
+binary tensors, and both by bare sockets (`bare_clients.py`), which shows what the libraries of a client in Python take.
+`server_us` are the server's own counters over the calls of one client, microseconds a request: in the queue, taking
+inputs, computing (the python backend's messages and the model), giving outputs.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import bare_clients
 import click
 import numpy as np
 
@@ -49,6 +51,16 @@ def bare(manifest: Manifest, folder: Path) -> Run:
 
 
 def over_grpc(client: Any, manifest: Manifest, arrays: Mapping[str, Array]) -> Callable[[], list[Array]]:
+    sent = grpc_inputs(arrays)
+
+    def call() -> list[Array]:
+        answer = client.infer(manifest.model, sent)
+        return [answer.as_numpy(name) for name in manifest.output_names]
+
+    return call
+
+
+def grpc_inputs(arrays: Mapping[str, Array]) -> list[Any]:
     import tritonclient.grpc as wire
     from tritonclient.utils import np_to_triton_dtype
 
@@ -57,12 +69,22 @@ def over_grpc(client: Any, manifest: Manifest, arrays: Mapping[str, Array]) -> C
         tensor = wire.InferInput(name, array.shape, np_to_triton_dtype(array.dtype))
         tensor.set_data_from_numpy(array)
         sent.append(tensor)
+    return sent
 
-    def call() -> list[Array]:
-        answer = client.infer(manifest.model, sent)
-        return [answer.as_numpy(name) for name in manifest.output_names]
 
-    return call
+def over_sockets(server: Any, manifest: Manifest, arrays: Mapping[str, Array]) -> dict[str, Call]:
+    """The same requests by clients that are nothing but a socket."""
+    from tritonclient.grpc import service_pb2
+
+    message = service_pb2.ModelInferRequest(model_name=manifest.model)
+    for tensor in grpc_inputs(arrays):
+        message.inputs.append(tensor._get_tensor())
+        message.raw_input_contents.append(tensor._get_content())
+    path, method = f"/v2/models/{manifest.model}/infer", "/inference.GRPCInferenceService/ModelInfer"
+    return {
+        "bare_grpc": bare_clients.over_grpc(server.grpc, method, message.SerializeToString()),
+        "bare_http": bare_clients.over_http(server.http, path, *http_body(arrays)),
+    }
 
 
 def over_http(address: str, manifest: Manifest, arrays: Mapping[str, Array]) -> Call:
@@ -107,23 +129,30 @@ def point(client: Any, server: Any, manifest: Manifest, run: Any, sizes: Mapping
     grpc_call = over_grpc(client, manifest, arrays)
     inputs = list(arrays.values())
     error = max(relative_error(a, b) for a, b in zip(grpc_call(), run(inputs), strict=True))
-    calls = {"bare": lambda: run(inputs), "grpc": grpc_call, "http": over_http(server.http, manifest, arrays)}
-    taken = in_turns(calls)
-    before = counters(client, manifest.model)
-    for _ in range(CALLS):
-        grpc_call()
-    after = counters(client, manifest.model)
-    count = after["requests"] - before["requests"]
+    http_call = over_http(server.http, manifest, arrays)
+    served = {"grpc": grpc_call, "http": http_call, **over_sockets(server, manifest, arrays)}
+    taken = in_turns({"bare": lambda: run(inputs), **served})
     p50 = {name: statistics.median(times) for name, times in taken.items()}
     return {
         "sizes": dict(sizes),
         "difference": error,
         "p50_ms": p50,
         "p99_ms": {name: float(np.quantile(times, 0.99)) for name, times in taken.items()},
-        "added_ms": {name: p50[name] - p50["bare"] for name in ("grpc", "http")},
+        "added_ms": {name: p50[name] - p50["bare"] for name in served},
         "goal_ms": GOAL_MS,
-        "server_us": {part: (after[part] - before[part]) / count for part in PARTS},
+        "server_us": {name: counted(client, manifest.model, served[name]) for name in ("grpc", "http")},
     }
+
+
+def counted(client: Any, model: str, call: Call) -> dict[str, float]:
+    """Microseconds a request in each part of the server, and between server and client."""
+    before, start = counters(client, model), time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    taken, after = (time.perf_counter() - start) * 1e6, counters(client, model)
+    count = after["requests"] - before["requests"]
+    found = {part: (after[part] - before[part]) / count for part in PARTS}
+    return {**found, "between": taken / CALLS - sum(found.values())}
 
 
 @click.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from kpdeploy.errors import UnknownName
@@ -32,7 +32,8 @@ class Part:
 class MemoryPlan:
     """What `instances` of a model take at most when each answers a batch of `rows` at the largest sizes of all other
     axes (`point`). `loading_bytes`: what one takes while it is loaded, if that is more. `measured_bytes`: what one
-    took when it was asked exactly that; 0 where it was not."""
+    took of the host when it was asked exactly that, and `measured_on` of each other device; 0 and nothing where it was
+    not."""
 
     point: Mapping[str, int]
     rows: int
@@ -40,6 +41,7 @@ class MemoryPlan:
     instances: int = 1
     loading_bytes: int = 0
     measured_bytes: int = 0
+    measured_on: Mapping[str, int] = field(default_factory=dict)
 
     def instance_bytes(self, device: str = "host") -> int:
         """What one instance is planned to take on a device."""
@@ -55,13 +57,14 @@ class MemoryPlan:
 
     @property
     def largest_bytes(self) -> int:
-        """On the device that needs most: what a budget is held against."""
-        return max(self.total_bytes(device) for device in self.devices)
+        """What a budget is held against: the host's memory, or the GPU's of a model that runs there."""
+        elsewhere = [self.total_bytes(device) for device in self.devices if device != "host"]
+        return max(elsewhere, default=self.total_bytes())
 
     def of(self, *, rows: int, instances: int) -> MemoryPlan:
         """The same for another batch and count. What was measured is of the whole batch, and is not known then."""
-        measured = self.measured_bytes if rows == self.rows else 0
-        return replace(self, rows=rows, instances=instances, measured_bytes=measured)
+        known = (self.measured_bytes, self.measured_on) if rows == self.rows else (0, {})
+        return replace(self, rows=rows, instances=instances, measured_bytes=known[0], measured_on=known[1])
 
     def rows_of_table(self) -> list[tuple[str, str, str]]:
         """What, where and how much, as texts: the parts, and their sums."""
@@ -71,14 +74,18 @@ class MemoryPlan:
             lines.append((each, device, size(self.total_bytes(device))))
         if self.measured_bytes:
             lines.append(("measured, an instance", "host", size(self.measured_bytes)))
+        lines += [("measured, an instance", device, size(count)) for device, count in self.measured_on.items()]
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "planned_bytes": {device: self.total_bytes(device) for device in self.devices}}
+        told = asdict(self)
+        if not self.measured_on:
+            del told["measured_on"]
+        return {**told, "planned_bytes": {device: self.total_bytes(device) for device in self.devices}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        known = {name: data[name] for name in cls.__dataclass_fields__}
+        known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         return cls(**{**known, "parts": tuple(Part(**part) for part in data["parts"])})
 
 

@@ -85,8 +85,8 @@ Every option can stand in a kpdeploy.toml beside the model, under [export]; the 
 @click.option(
     "--memory-budget",
     metavar="BYTES",
-    help="What all instances may take together, such as 4GiB: the fastest that fits is packaged, with as many "
-    "instances and as large a batch as fit.",
+    help="What all instances may take together, such as 4GiB, of the GPU where the model runs on one: the fastest that "
+    "fits is packaged, with as many instances, CUDA graphs and as large a batch as fit.",
 )
 @click.option(
     "--mount",

@@ -100,13 +100,16 @@ def settle_axes(model: Model, *, stated: bool) -> Model:
     """Capture the model once and hold its signature to what the capture allows.
 
     An axis that the model fixes (or ties to another) becomes a constant, with a Skipped decision; where the user
-    stated the axis, that is an error instead.
+    stated the axis, that is an error instead. One of a single size is that constant.
 
     Raises:
         ExportFailed: torch.export refused the model, or an axis that the user stated.
     """
     if model.module is None or model.kind in ("onnx", "torchscript"):
         return model
+    for axis in model.signature.axes:
+        if axis.min == axis.max:
+            model = replace(model, signature=model.signature.freeze_axis(axis.name, axis.min))
     try:
         return replace(model, program=program_of(model))
     except ExportFailed as first:

@@ -78,8 +78,9 @@ def export(
 
 def _with_places(signature: Signature) -> Signature:
     """The signature of a program that is told where tokens are (kpdeploy.optimize.pack)."""
-    rows = signature.axis(lead_axis(signature)).max
-    places = rows * math.prod(a.max for a in signature.axes if a.name != lead_axis(signature))
+    largest = {axis.name: axis.max for axis in signature.axes}
+    rows, columns = _batch(signature, largest)
+    places = rows * columns
     axes = (*signature.axes, Axis(name="tokens", min=1, max=places), Axis(name="bounds", min=2, max=rows + 1))
     zeros = Values(kind="range", low=0, high=0)
     shapes = (("tokens",), ("tokens",), ("bounds",))
@@ -115,12 +116,19 @@ def buckets(signature: Signature, *, dropped: bool) -> list[dict[str, int]]:
         points = [{**point, axis.name: size} for point in points for size in sizes]
     if not dropped:
         return [dict(point) for point in points]
-    return [{**point, "tokens": tokens} for point in points for tokens in _token_counts(point, lead)]
+    return [{**point, "tokens": tokens} for point in points for tokens in _token_counts(*_batch(signature, point))]
 
 
-def _token_counts(point: Point, lead: str) -> list[int]:
-    places = math.prod(point.values())
-    if point[lead] == 1:
+def _batch(signature: Signature, point: Point) -> tuple[int, int]:
+    """The rows and columns of a batch at a point: of the mask that tells tokens from padding."""
+    masks = (spec for spec in signature.inputs if spec.values is not None and spec.values.kind == "prefix_mask")
+    rows, columns = (point[d] if isinstance(d, str) else d for d in next(masks).shape)
+    return rows, columns
+
+
+def _token_counts(rows: int, columns: int) -> list[int]:
+    places = rows * columns
+    if rows == 1:
         # One row is as long as its bucket, or fits a shorter one.
         return [places]
     parts = next(parts for least, parts in STEPS if places >= least)

@@ -103,6 +103,25 @@ def _gpu(nvml: Any, index: int, driver: str) -> Gpu | int:
     )
 
 
+def taken_bytes() -> int | None:
+    """What all processes hold of the memory of all NVIDIA GPUs now; None where the driver does not tell."""
+    nvml = _library()
+    if nvml is None or nvml.nvmlInit_v2():
+        return None
+    try:
+        count, device, memory = ctypes.c_uint(), ctypes.c_void_p(), _Memory()
+        nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        taken = 0
+        for index in range(count.value):
+            if nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(device)):
+                return None
+            nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory))
+            taken += memory.used
+        return taken
+    finally:
+        nvml.nvmlShutdown()
+
+
 RESTART = "restart the machine, or stop what uses the GPU and load the modules anew (rmmod nvidia_uvm nvidia; modprobe)"
 REFUSALS = {
     4: (

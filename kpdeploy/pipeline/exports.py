@@ -128,8 +128,8 @@ def export(
             texts, one a line, where the model brings a tokenizer; without it they are drawn at random from the valid
             values. The proof asks some of them too, and they are the golden requests.
         tune: the load to measure instances, threads and allocators for: "latency" or "throughput".
-        memory_budget: what all instances may take together, such as "4GiB": the fastest that fits is packaged, with as
-            many instances and as large a batch as fit.
+        memory_budget: what all instances may take together, such as "4GiB", of the GPU where the model runs on one:
+            the fastest that fits is packaged, with as many instances, CUDA graphs and as large a batch as fit.
         examine: called with the version in a repository of its own before it goes into `repo`: what this raises, export
             raises, and publishes nothing.
         activate: False: the version is published, and the one before it stays in service, until a rollout promotes it.
@@ -144,7 +144,9 @@ def export(
     from kpdeploy.load.calibration import calibration
 
     _check_choices(target, format, fuse, mount)
-    wanted_layout = Wanted.parse(memory_budget, tune, target)
+    wanted_layout = replace(
+        Wanted.parse(memory_budget, tune, target), instances=dict(serving or {}).get("instances", 1)
+    )
     rungs, budget = rungs_of(target, format, level, latency_budget_ms), Budget.parse(accuracy_budget)
     tolerances = _tolerances(tolerance)
     # What can be told without the model is told before minutes are spent on it.
@@ -184,7 +186,7 @@ def export(
                 break
         check_latency(candidates, chosen, latency_budget_ms)
         layout = lay_out(candidates, chosen, settled.signature, wanted_layout, progress)
-        if layout.chosen is not chosen:
+        if layout.chosen is not chosen or layout.thinned:
             chosen = layout.chosen
             _, windows = measure([chosen], settled.signature, progress)
         told += [*unusable(level), *layout.decisions]

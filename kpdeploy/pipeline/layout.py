@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kpdeploy.artifact import Manifest
-from kpdeploy.decision import Applied, Decision, Skipped
+from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import UnknownName
 from kpdeploy.hardware import memory_bytes, usable_cores
-from kpdeploy.memory import MemoryPlan, parse_bytes, point_told, size
+from kpdeploy.memory import MemoryPlan, parse_bytes, size
 from kpdeploy.pipeline.candidates import Candidate
 from kpdeploy.pipeline.memory import check_fits, plan_memory
 from kpdeploy.pipeline.tuning import LOADS, Tuning, settings_of, tune
@@ -19,10 +19,12 @@ from kpdeploy.signature import Signature
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What the user said about it: the budget in bytes (None: what the machine has), and the load ("": none)."""
+    """What the user said about it: the budget in bytes (None: what the machine has), the load ("": none), and how many
+    instances shall be served where none are measured."""
 
     budget_bytes: int | None = None
     load: str = ""
+    instances: int = 1
 
     @classmethod
     def parse(cls, memory_budget: str | None, load: str | None, target: str) -> Wanted:
@@ -44,17 +46,21 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The candidate that is packaged, its memory plan, and what was tuned (None: nothing)."""
+    """The candidate that is packaged, its memory plan, and what was tuned (None: nothing). `thinned`: it has fewer
+    CUDA graphs than when it was measured."""
 
     chosen: Candidate
     plan: MemoryPlan
     tuning: Tuning | None
     decisions: tuple[Decision, ...]
+    thinned: bool = False
 
     def within(self, manifest: Manifest) -> Manifest:
         """The manifest of the chosen candidate, with this layout in it."""
         threads, tuned = settings_of(self.tuning) if self.tuning is not None else ({}, {})
         serving = {**manifest.serving, **tuned}
+        if "instances" in serving:
+            serving["instances"] = min(serving["instances"], self.plan.instances)
         plan = self.plan.of(rows=self.plan.rows, instances=serving.get("instances", 1))
         return replace(
             manifest,
@@ -75,12 +81,17 @@ def lay_out(
         MemoryExceeded: nothing fits into the budget.
         ProofFailed: the artifact cannot be run.
     """
-    most = max(1, int(usable_cores())) if wanted.load == "throughput" else 1
+    most = max(wanted.instances, int(usable_cores())) if wanted.load == "throughput" else wanted.instances
     told: list[Decision] = []
+    thinned = False
     with progress.step("planning its memory"):
         if wanted.budget_bytes is not None:
-            chosen, plan = check_fits(candidates, signature, wanted.budget_bytes, most)
-            told.append(_fitted(chosen, plan, wanted.budget_bytes))
+            fitting = check_fits(candidates, signature, wanted.budget_bytes, most, wanted.instances)
+            chosen, plan, thinned = fitting.chosen, fitting.plan, fitting.thinned
+            told += fitting.decisions
+            if plan.instances < wanted.instances:
+                reason = f"{plan.instances} fit into {size(wanted.budget_bytes)}"
+                told.append(Skipped(what=f"{wanted.instances} instances", reason=reason))
         else:
             assert chosen.artifact is not None
             assert chosen.verdict is not None
@@ -94,13 +105,4 @@ def lay_out(
         assert chosen.artifact is not None
         tuning = tune(chosen.artifact, signature, wanted.load, progress, most_instances=plan.instances)
         told += tuning.decisions
-    return Layout(chosen=chosen, plan=plan, tuning=tuning, decisions=tuple(told))
-
-
-def _fitted(chosen: Candidate, plan: MemoryPlan, budget_bytes: int) -> Decision:
-    assert chosen.verdict is not None
-    what = f"memory of at most {size(budget_bytes)}"
-    if plan.rows < chosen.verdict.max_batch_size:
-        reason = f"{plan.rows} rows of {chosen.verdict.max_batch_size} fit, {point_told(plan)}"
-        return Skipped(what=f"batches of more than {plan.rows} rows", reason=reason)
-    return Applied(what=what, detail=f"planned {size(plan.largest_bytes)}, {point_told(plan)}")
+    return Layout(chosen=chosen, plan=plan, tuning=tuning, decisions=tuple(told), thinned=thinned)

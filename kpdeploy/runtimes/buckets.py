@@ -22,18 +22,56 @@ def sizes_of(arrays: Sequence[Any], shapes: Sequence[Shape]) -> dict[str, int]:
     return {axis: int(size) for axis, size in pairs if isinstance(axis, str)}
 
 
-def smallest(buckets: Sequence[Sizes], sizes: Sizes, padded: Sequence[str]) -> int | None:
-    """The index of the bucket with the least to compute that holds these sizes; None where none does."""
+def holding(buckets: Sequence[Sizes], sizes: Sizes, padded: Sequence[str]) -> list[int]:
+    """The indices of the buckets that hold these sizes, those first in which the least is computed. `tokens` are a
+    bucket's own, whatever the sizes say."""
 
     def holds(bucket: Sizes) -> bool:
-        return all(bucket[a] == n or (a in (*padded, "tokens") and bucket[a] > n) for a, n in sizes.items())
+        return all(bucket[a] == n or (a in padded and bucket[a] > n) for a, n in sizes.items())
 
     def work(index: int) -> tuple[int, int]:
         bucket = buckets[index]
         whole = math.prod(n for axis, n in bucket.items() if axis != "tokens")
         return bucket.get("tokens", whole), whole
 
-    return min((i for i, bucket in enumerate(buckets) if holds(bucket)), key=work, default=None)
+    return sorted((i for i, bucket in enumerate(buckets) if holds(bucket)), key=work)
+
+
+class Ladder:
+    """Which bucket a request runs in. What is found out about shapes is kept: a server that wakes up for a request
+    runs Python three times slower than a loop does."""
+
+    KEPT = 4096
+    """So many shapes."""
+
+    def __init__(self, described: Mapping[str, Any]) -> None:
+        self.described = described
+        self.known: dict[Any, tuple[list[tuple[float, int]], list[tuple[slice, ...]]]] = {}
+
+    def find(self, arrays: Sequence[Any], tokens: int = 0) -> tuple[int | None, list[tuple[slice, ...]]]:
+        """The index of the bucket with the least to compute (None: none holds the request and its tokens), and what of
+        each output of that bucket is the request's."""
+        key = tuple([array.shape for array in arrays])
+        found = self.known.get(key)
+        if found is None:
+            if len(self.known) >= self.KEPT:
+                self.known.clear()
+            found = self.known[key] = self._examined(arrays)
+        for most, index in found[0]:
+            if most >= tokens:
+                return index, found[1]
+        return None, found[1]
+
+    def _examined(self, arrays: Sequence[Any]) -> tuple[list[tuple[float, int]], list[tuple[slice, ...]]]:
+        """The buckets that hold arrays of these shapes, each with its room for tokens, the least to compute first."""
+        buckets = self.described["buckets"]
+        sizes = sizes_of(arrays, self.described["inputs"])
+        indices = holding(buckets, sizes, self.described["padded"])
+        cuts = [
+            tuple(slice(sizes[d]) if isinstance(d, str) and d in sizes else slice(None) for d in shape)
+            for shape in self.described["outputs"]
+        ]
+        return [(buckets[index].get("tokens", math.inf), index) for index in indices], cuts
 
 
 def largest_first(buckets: Sequence[Sizes]) -> list[int]:
@@ -46,25 +84,28 @@ def shape_in(bucket: Sizes, shape: Shape) -> list[int]:
     return [bucket[d] if isinstance(d, str) else d for d in shape]
 
 
-def cut(result: Any, shape: Shape, sizes: Sizes) -> Any:
-    """What of a bucket's result is the request's: a view."""
-    return result[tuple(slice(sizes[d]) if isinstance(d, str) and d in sizes else slice(None) for d in shape)]
-
-
 def fill(target: Any, array: Any) -> None:
     """A request's array into a bucket's memory, zeros behind it."""
-    if target.shape != array.shape:
-        target[...] = 0
+    if target.shape == array.shape:
+        target[...] = array
+        return
+    target[...] = 0
     target[tuple(map(slice, array.shape))] = array
 
 
-def packing(places: np.ndarray[Any, Any], batch: Sequence[int], count: int) -> list[np.ndarray[Any, Any]]:
-    """The three inputs of a program that drops padding, int64: where each of `count` tokens comes from in a batch of
-    rows and columns, where it goes, and where the tokens of each row begin. `places`: row and column of each real
-    token, in order; what is beyond them comes from anywhere, and goes behind the batch."""
-    rows, columns = batch
-    flat = places[:, 0] * columns + places[:, 1]
-    sources, targets = np.zeros(count, np.int64), np.full(count, rows * columns, np.int64)
-    sources[: len(flat)] = targets[: len(flat)] = flat
-    counts = np.bincount(places[:, 0], minlength=rows)
-    return [sources, targets, np.concatenate([[0], np.cumsum(counts)])]
+def pack(
+    mask: np.ndarray[Any, Any],
+    sources: np.ndarray[Any, Any],
+    targets: np.ndarray[Any, Any],
+    begins: np.ndarray[Any, Any],
+) -> None:
+    """Write the three inputs of a program that drops padding: where each token comes from in a batch of rows and
+    columns, where it goes, and where the tokens of each row begin (rows + 1). What is beyond the tokens of `mask`
+    comes from anywhere, and goes behind the batch."""
+    rows, columns = mask.shape
+    flat = mask.reshape(-1).nonzero()[0]
+    count = len(flat)
+    sources[:count] = targets[:count] = flat
+    sources[count:] = 0
+    targets[count:] = mask.size
+    begins[:] = flat.searchsorted(np.arange(rows + 1) * columns)

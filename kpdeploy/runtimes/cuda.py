@@ -25,6 +25,7 @@ import importlib.util
 import json
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ Sizes = Mapping[str, int]
 ALIGNED = 256
 """Bytes: each input begins at a multiple, as the allocator's own memory does."""
 
+SMALL = 1 << 16
+"""Bytes: answers that a bucket has a place on the host for. Of larger ones a copy costs more than a new place."""
+
 
 def _beside(name: str) -> Any:
     """A module of this file's own folder, whatever else goes by that name."""
@@ -50,6 +54,7 @@ def _beside(name: str) -> Any:
 
 
 tools = _beside("buckets")
+LOADED: weakref.WeakSet[Graphs] = weakref.WeakSet()
 
 
 def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: dict[str, Any]) -> Graphs:
@@ -60,6 +65,7 @@ def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: 
         if not torch.cuda.is_available():
             raise RuntimeError(f"the artifact runs on an NVIDIA GPU, and torch {torch.__version__} sees none here")
         torch.cuda.set_device(settings.get("device_index", 0))
+    before = torch.cuda.memory_allocated()
     try:
         program = torch.export.load(path).module(check_guards=False)
     except RuntimeError as error:
@@ -68,7 +74,7 @@ def load(path: str, *, inputs: Sequence[str], outputs: Sequence[str], settings: 
         why = "the model calls fused ops, whose kernels are in libkpdeploy_torch.so"
         raise RuntimeError(f"{why}: load that first (op_libraries, torch.ops.load_library or LD_PRELOAD)") from None
     with _constant_weights(settings.get("op_libraries", ()) if described["constant"] else ()):
-        return Graphs(program, described)
+        return Graphs(program, described, weights=torch.cuda.memory_allocated() - before)
 
 
 @contextlib.contextmanager
@@ -94,98 +100,131 @@ def to_dlpack(tensor: torch.Tensor) -> Any:
 
 
 def memory() -> list[dict[str, Any]]:
-    """What this process holds on the GPU now: weights, inputs and CUDA graphs."""
+    """What this process holds on the GPU now. The last part is what the GPU has given beside: to CUDA, to the kernels
+    of libraries, and to other processes."""
     if not torch.cuda.is_initialized():
         return []
-    free, total = torch.cuda.mem_get_info()
-    held, name = torch.cuda.memory_reserved(), torch.cuda.get_device_name()
-    parts = {"weights and activations": torch.cuda.memory_allocated(), "room of CUDA graphs": held}
-    parts["room of CUDA graphs"] -= parts["weights and activations"]
-    parts["CUDA, libraries and graphs"] = max(0, total - free - held)
+    torch.cuda.empty_cache()
+    held, graphs = torch.cuda.memory_reserved(), sum(loaded.graph_bytes for loaded in LOADED)
+    weights, inputs = sum(loaded.weights for loaded in LOADED), sum(loaded.memory.nbytes for loaded in LOADED)
+    pools = sum(_held_by(loaded.pool) for loaded in LOADED)
+    parts = {
+        "weights": weights,
+        "inputs": inputs,
+        "workspaces": held - pools - weights - inputs,
+        "activations and outputs": pools,
+        "CUDA graphs": graphs,
+        "CUDA and kernels": max(0, _outside() - graphs),
+    }
+    name = torch.cuda.get_device_name()
     return [{"what": what, "bytes": count, "device": name} for what, count in parts.items()]
 
 
-class Graphs:
-    """The program and its graphs. Calls from several threads take turns."""
+def _held_by(pool: Any) -> int:
+    """The bytes of a pool of graphs."""
+    return sum(s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool))
 
-    def __init__(self, program: torch.nn.Module, described: Mapping[str, Any]) -> None:
+
+def _outside() -> int:
+    """What is taken of the GPU's memory beside what torch's allocator holds, by whomever."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _places(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> tuple[list[int], int]:
+    """Where each of some tensors begins in a memory that holds them all, and the bytes of all."""
+    begins, end = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        begins.append(end)
+        end += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+    return begins, end
+
+
+def _views(memory: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """The tensors in that memory."""
+    found = []
+    for shape, dtype, begin in zip(shapes, dtypes, _places(shapes, dtypes)[0], strict=True):
+        part = memory[begin : begin + math.prod(shape) * dtype.itemsize]
+        found.append(part.view(dtype).view(tuple(shape)))
+    return found
+
+
+class Graphs:
+    """The program and its graphs. Calls from several threads take turns.
+
+    `weights` and `graph_bytes`: what was taken of the GPU's memory for the program, and for the graphs themselves.
+    """
+
+    def __init__(self, program: torch.nn.Module, described: Mapping[str, Any], *, weights: int = 0) -> None:
         self.program = program
         self.described = described
         self.device = torch.device(described["device"])
         self.on_gpu = self.device.type == "cuda"
-        self.padded: list[str] = described["padded"]
         self.buckets: list[Sizes] = described["buckets"]
+        self.ladder = tools.Ladder(described)
+        self.mask: int | None = described["mask"]
         self.missed = 0
         self.lock = threading.Lock()
         self.stream = torch.cuda.Stream() if self.on_gpu else None
         self.pool = torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.weights = weights
+        self.graph_bytes = 0
         self.dtypes = [getattr(torch, dtype) for dtype in described["dtypes"]]
-        largest = max((self.layout(bucket)[1] for bucket in self.buckets), default=0)
+        largest = max((_places(self.shapes(bucket), self.dtypes)[1] for bucket in self.buckets), default=0)
         self.host = torch.zeros(largest, dtype=torch.uint8, pin_memory=self.on_gpu)
         self.memory = torch.zeros(largest, dtype=torch.uint8, device=self.device) if self.on_gpu else self.host
-        with torch.inference_mode():
-            made = {index: _Bucket(self, self.buckets[index]) for index in tools.largest_first(self.buckets)}
+        self.answers = torch.zeros(SMALL, dtype=torch.uint8, pin_memory=self.on_gpu)
+        made = {index: _Bucket(self, self.buckets[index]) for index in tools.largest_first(self.buckets)}
         self.captured = [made[index] for index in range(len(self.buckets))]
+        LOADED.add(self)
 
-    def _shapes(self, bucket: Sizes) -> list[list[int]]:
+    def shapes(self, bucket: Sizes) -> list[list[int]]:
         """The shapes of all of the program's inputs in a bucket."""
         shapes: list[list[int]] = [tools.shape_in(bucket, shape) for shape in self.described["inputs"]]
-        if self.described["mask"] is not None:
-            rows = shapes[self.described["mask"]][0]
-            shapes += [[bucket["tokens"]], [bucket["tokens"]], [rows + 1]]
+        if self.mask is not None:
+            shapes += [[bucket["tokens"]], [bucket["tokens"]], [shapes[self.mask][0] + 1]]
         return shapes
 
-    def layout(self, bucket: Sizes) -> tuple[list[int], int]:
-        """Where each input begins in the memory that all buckets share, and the bytes of all."""
-        begins, end = [], 0
-        for shape, dtype in zip(self._shapes(bucket), self.dtypes, strict=True):
-            begins.append(end)
-            end += -(-math.prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
-        return begins, end
+    def __call__(self, arrays: Arrays) -> Arrays:
+        on_gpu = isinstance(arrays[0], torch.Tensor)
+        mask = self._mask(arrays)
+        with self.lock:
+            index, cuts = self.ladder.find(arrays, 0 if mask is None else int(np.count_nonzero(mask)))
+            if index is None:
+                return self._without_graph(arrays, mask, on_gpu)
+            if on_gpu:
+                with torch.inference_mode():
+                    results = self.captured[index].run_there(arrays, mask)
+                    return [result[cut].clone() for result, cut in zip(results, cuts, strict=True)]
+            found: Arrays = self.captured[index].run(arrays, cuts)
+            return found
 
-    def views(self, memory: torch.Tensor, bucket: Sizes) -> list[torch.Tensor]:
-        """The inputs of a bucket in the shared memory, of the GPU or of the host."""
-        found = []
-        for shape, dtype, begin in zip(self._shapes(bucket), self.dtypes, self.layout(bucket)[0], strict=True):
-            part = memory[begin : begin + math.prod(shape) * dtype.itemsize]
-            found.append(part.view(dtype).view(shape))
+    def _mask(self, arrays: Arrays) -> np.ndarray[Any, Any] | None:
+        """What tells a request's tokens from its padding, on the host; None where padding is not dropped."""
+        if self.mask is None:
+            return None
+        mask = arrays[self.mask]
+        found: np.ndarray[Any, Any] = mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask
         return found
 
-    def __call__(self, arrays: Arrays) -> Arrays:
-        with self.lock, torch.inference_mode():
-            on_gpu = isinstance(arrays[0], torch.Tensor)
-            sizes = tools.sizes_of(arrays, self.described["inputs"])
-            tokens = self._tokens(arrays)
-            wanted = sizes if tokens is None else {**sizes, "tokens": len(tokens)}
-            index = tools.smallest(self.buckets, wanted, self.padded)
-            if index is None:
-                return self._without_graph(arrays, tokens, on_gpu)
-            results = self.captured[index].run(arrays, tokens)
-            cut = [tools.cut(r, shape, sizes) for r, shape in zip(results, self.described["outputs"], strict=True)]
-            return [part.clone() for part in cut] if on_gpu else self._to_host(cut)
-
-    def _tokens(self, arrays: Arrays) -> np.ndarray[Any, Any] | None:
-        """The places of a request's tokens: row and column of each."""
-        if self.described["mask"] is None:
-            return None
-        mask = arrays[self.described["mask"]]
-        return np.argwhere(mask.cpu().numpy() if isinstance(mask, torch.Tensor) else mask)
-
-    def _to_host(self, results: Sequence[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+    def to_host(self, results: Sequence[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
         if not self.on_gpu:
             return [result.numpy().copy() for result in results]
         copies = [torch.empty(r.shape, dtype=r.dtype, pin_memory=True).copy_(r, non_blocking=True) for r in results]
         torch.cuda.current_stream().synchronize()
         return [copy.numpy() for copy in copies]
 
-    def _without_graph(self, arrays: Arrays, tokens: np.ndarray[Any, Any] | None, on_gpu: bool) -> Arrays:
+    @torch.inference_mode()
+    def _without_graph(self, arrays: Arrays, mask: np.ndarray[Any, Any] | None, on_gpu: bool) -> Arrays:
         self.missed += 1
         tensors = [a if on_gpu else torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays]
-        if tokens is not None:
-            extra = tools.packing(tokens, tensors[self.described["mask"]].shape, len(tokens))
-            tensors += [torch.from_numpy(a).to(self.device) for a in extra]
+        if mask is not None:
+            count = np.count_nonzero(mask)
+            packed = [np.empty(size, np.int64) for size in (count, count, len(mask) + 1)]
+            tools.pack(mask, *packed)
+            tensors += [torch.from_numpy(a).to(self.device) for a in packed]
         results = self.program(*tensors)
-        return list(results) if on_gpu else self._to_host(results)
+        return list(results) if on_gpu else self.to_host(results)
 
 
 class _Bucket:
@@ -193,15 +232,22 @@ class _Bucket:
 
     def __init__(self, graphs: Graphs, sizes: Sizes) -> None:
         self.graphs = graphs
-        self.sizes = sizes
-        self.staged = [view.numpy() for view in graphs.views(graphs.host, sizes)]
-        self.inputs = graphs.views(graphs.memory, sizes)
-        self.begins, self.end = graphs.layout(sizes)
+        shapes = graphs.shapes(sizes)
+        self.staged = [view.numpy() for view in _views(graphs.host, shapes, graphs.dtypes)]
+        self.inputs = _views(graphs.memory, shapes, graphs.dtypes)
+        begins, end = _places(shapes, graphs.dtypes)
+        # Sliced once: all inputs, and those alone that tell where tokens are.
+        self.upload = graphs.memory[:end], graphs.host[:end]
+        extra = [*begins, end][len(graphs.described["inputs"])]
+        self.upload_packed = graphs.memory[extra:end], graphs.host[extra:end]
         self.graph: Any = None
         self.outputs: Sequence[torch.Tensor] = ()
+        self.homes: list[torch.Tensor] = []
         if graphs.on_gpu:
             self._capture()
+            self.homes = self.places_on_host()
 
+    @torch.inference_mode()
     def _capture(self) -> None:
         stream = self.graphs.stream
         assert stream is not None
@@ -210,31 +256,55 @@ class _Bucket:
             # Once outside: libraries make their handles and workspaces at their first call.
             self.graphs.program(*self.inputs)
         stream.synchronize()
+        before = _outside()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=self.graphs.pool, stream=stream):
             self.outputs = self.graphs.program(*self.inputs)
+        # The first replay brings the graph to the GPU.
+        self.graph.replay()
+        torch.cuda.synchronize()
+        self.graphs.graph_bytes += max(0, _outside() - before)
 
-    def run(self, arrays: Arrays, tokens: np.ndarray[Any, Any] | None) -> Sequence[torch.Tensor]:
-        self._fill(arrays, tokens)
+    def places_on_host(self) -> list[torch.Tensor]:
+        """Where answers come to on the host, if they are small."""
+        shapes, dtypes = [o.shape for o in self.outputs], [o.dtype for o in self.outputs]
+        return _views(self.graphs.answers, shapes, dtypes) if _places(shapes, dtypes)[1] <= SMALL else []
+
+    def run(self, arrays: Arrays, cuts: Sequence[tuple[slice, ...]]) -> list[np.ndarray[Any, Any]]:
+        """The answers to a request on the host: `cuts` of the bucket's outputs."""
+        for target, array in zip(self.staged, arrays, strict=False):
+            tools.fill(target, array)
+        if self.graphs.mask is not None:
+            tools.pack(self.staged[self.graphs.mask], *self.staged[-3:])
+        if self.graph is None:
+            with torch.inference_mode():
+                found = self.graphs.program(*self.inputs)
+            return self.graphs.to_host([result[cut] for result, cut in zip(found, cuts, strict=True)])
+        there, here = self.upload
+        there.copy_(here, non_blocking=True)
+        self.graph.replay()
+        if not self.homes:
+            return self.graphs.to_host([result[cut] for result, cut in zip(self.outputs, cuts, strict=True)])
+        for home, output in zip(self.homes, self.outputs, strict=True):
+            home.copy_(output, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return [home.numpy()[cut].copy() for home, cut in zip(self.homes, cuts, strict=True)]
+
+    def run_there(self, arrays: Arrays, mask: np.ndarray[Any, Any] | None) -> Sequence[torch.Tensor]:
+        """The whole outputs of the bucket, for a request that is on the GPU: they hold until the next call."""
+        for target, array in zip(self.inputs, arrays, strict=False):
+            tools.fill(target, array)
+        if mask is not None:
+            assert self.graphs.mask is not None
+            tools.fill(self.staged[self.graphs.mask], mask)
+            tools.pack(self.staged[self.graphs.mask], *self.staged[-3:])
         if self.graph is None:
             outputs: Sequence[torch.Tensor] = self.graphs.program(*self.inputs)
             return outputs
+        if mask is not None:
+            there, here = self.upload_packed
+            there.copy_(here, non_blocking=True)
+            # The next request may write there.
+            torch.cuda.current_stream().synchronize()
         self.graph.replay()
         return self.outputs
-
-    def _fill(self, arrays: Arrays, tokens: np.ndarray[Any, Any] | None) -> None:
-        """The request into the bucket's inputs, zeros behind it."""
-        if tokens is not None:
-            mask = self.staged[self.graphs.described["mask"]]
-            packed = tools.packing(tokens, mask.shape, self.sizes["tokens"])
-            for place, array in zip(self.staged[-3:], packed, strict=True):
-                place[...] = array
-        on_gpu = isinstance(arrays[0], torch.Tensor)
-        targets: Sequence[Any] = self.inputs if on_gpu else self.staged
-        for target, array in zip(targets, arrays, strict=False):
-            tools.fill(target, array)
-        # What came on the GPU is in its place.
-        staged = self.begins[len(arrays) :] if on_gpu else self.begins
-        if self.graphs.on_gpu and staged:
-            used = slice(staged[0], self.end)
-            self.graphs.memory[used].copy_(self.graphs.host[used], non_blocking=True)

@@ -40,6 +40,7 @@ class Graphs:
         self.described = described
         self.device = device
         self.tools = tools
+        self.ladder = tools.Ladder(described)
         self.missed = 0
         self.lock = threading.Lock()
         self.uncaptured = ort.RunOptions()
@@ -50,15 +51,13 @@ class Graphs:
 
     def __call__(self, arrays: Arrays) -> Arrays:
         with self.lock:
-            sizes = self.tools.sizes_of(arrays, self.described["inputs"])
-            index = self.tools.smallest(self.described["buckets"], sizes, self.described["padded"])
+            index, cuts = self.ladder.find(arrays)
             if index is None:
                 self.missed += 1
                 feeds = dict(zip(self.inputs, arrays, strict=True))
                 found: Arrays = self.session.run(self.outputs, feeds, self.uncaptured)
                 return found
-            results = self.bound[index].run(arrays)
-            return [self.tools.cut(r, s, sizes) for r, s in zip(results, self.described["outputs"], strict=True)]
+            return [result[cut] for result, cut in zip(self.bound[index].run(arrays), cuts, strict=True)]
 
 
 class _Bound:

@@ -70,8 +70,10 @@ class TritonPythonModel:
 
     def batches(self, arrays: list[Arrays]) -> list[list[int]]:
         """Which requests run together, by index: those whose sizes are equal, but for the axes that may be padded."""
+        if len(arrays) == 1:
+            return [[0]]
         on_gpu = any(not isinstance(array, np.ndarray) for request in arrays for array in request)
-        if len(arrays) == 1 or not self.batched or on_gpu:
+        if not self.batched or on_gpu:
             return [[index] for index in range(len(arrays))]
         found: list[list[int]] = self.ragged.batches(arrays, self.input_shapes, self.padded_axes)
         return found
