@@ -105,6 +105,7 @@ struct Call {
   CUtensorMap query, key, value;
   void* out;
   int64_t out_batch_stride, out_row_stride;
+  const float* out_scale;                  // null: out is of T, else of 8-bit floats
   const int64_t *lengths, *offsets;        // null: there are none
   int64_t lengths_stride, offsets_stride;
   int batch, queries, keys, heads, group;  // batch: of rows or of packed sequences; group: heads for each of keys
@@ -114,7 +115,6 @@ struct Call {
   float scale;                             // of powers of two
   uint32_t zero;
   bool causal, sorts;                      // sorts: by length; see Walk
-  const float* out_scale;                  // only of those that quantize
 };
 
 // Queries and keys that belong together: a row of the batch, or a packed sequence.
@@ -170,18 +170,9 @@ struct Form {
   using T = T_;
   static constexpr int kSize = kSize_, kKeys = kKeys_, kGroups = kGroups_, kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kLines = (kSize + kLine - 1) / kLine, kConsumers = kGroups * 128;
-  static constexpr bool kAlone = kBlocks == 1, kQuantizes = false;
+  static constexpr bool kAlone = kBlocks == 1;
   static constexpr int kQueryBytes = kRows * kLines * 128, kBlockBytes = kKeys * kLines * 128;
 };
-
-// With an output of 8-bit floats. A kernel of its own: in one for both, that of 16 bits took half a percent longer.
-template <class F>
-struct Quantizing : F {
-  static constexpr bool kQuantizes = true;
-};
-
-template <class F>
-using OutOf = std::conditional_t<F::kQuantizes, uint8_t, typename F::T>;
 
 // Whether a head fills its lines, so that one box has all of them: see rows_map.
 template <class F>
@@ -499,28 +490,21 @@ __device__ inline void clear_queries(uint32_t query, int from, int thread, int t
 
 enum { kTurnBarrier = 1, kGroupBarrier = 5 };  // ids of named barriers: one a warpgroup each
 
-// Where query `row` of a tile is in the output.
+// The rows of this warp over out_scale, as 8-bit floats; `to`: the first of `left` ones. Four neighbours have two
+// columns of every eight of the same two rows each: they exchange them, so that each has 16 side by side. In kernels of
+// their own, without the branch that leads here, short runs took up to 5 % longer (benchmarks/README.md).
 template <class F>
-__device__ inline OutOf<F>* out_of(const Call& a, const Tile& tile, int row) {
-  return static_cast<OutOf<F>*>(a.out) + tile.batch * a.out_batch_stride + (tile.row + row) * a.out_row_stride +
-         tile.head * a.size;
-}
-
-// The rows of this warp, from `first_row` on, as 8-bit floats. Four neighbours have two columns of every eight of
-// the same two rows each: they exchange them, so that each has 16 side by side.
-template <class F>
-__device__ inline void store_f8(const Call& a, const State<F>& s, const Tile& tile, int first_row, int lane) {
+__device__ inline void store_f8(const Call& a, const State<F>& s, uint8_t* to, int left, int lane) {
   constexpr int kAcross = F::kSize / 16;  // of 16 columns, in a row
-  const int left = tile.queries - tile.first - first_row;
-  uint8_t* const to = out_of<F>(a, tile, first_row);
   const bool odd = lane % 2, high = lane / 2 % 2;
+  const float inverse = 1 / *a.out_scale;
 #pragma unroll
   for (int first = 0; first < 2 * kAcross; first += 4) {
     uint32_t v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float* const o = s.out + (first + i) % kAcross * 8 + (first + i) / kAcross * 2;
-      v[i] = pack_four(o[0], o[1], o[4], o[5]);
+      v[i] = pack_four(o[0] * inverse, o[1] * inverse, o[4] * inverse, o[5] * inverse);
     }
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
@@ -554,55 +538,60 @@ __device__ inline void finish(const Call& a, const Memory<F>& m, State<F>& s, co
                               int group, int lane, int warp) {
   const Tile tile = tile_from(m.tile(index));  // again: registers are short while there is work
   const uint32_t place = m.query_of(index, group);
-  float wanted = 1;
-  if constexpr (F::kQuantizes) wanted = 1 / *a.out_scale;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float sum = lanes_sum<4>(total[half]);
-    const float share = !tile.valid ? NAN : sum == 0 ? 0 : wanted / sum;
+    const float share = !tile.valid ? NAN : sum == 0 ? 0 : 1 / sum;
 #pragma unroll
     for (int i = 0; i < F::kSize / 4; ++i) s.out[i / 2 * 4 + half * 2 + i % 2] *= share;
   }
-  if constexpr (F::kQuantizes) {
-    store_f8(a, s, tile, group * kRows + warp * 16, lane);
-  } else {
-    const int row = warp * 16 + lane % 16;
-#pragma unroll
-    for (int j = 0; j < F::kSize / 8; j += 2) {
-      const int unit = (j + lane / 16) % 8;
-      store_matrices(place + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
-                     pack_pair<typename F::T>(s.out[j * 4], s.out[j * 4 + 1]),
-                     pack_pair<typename F::T>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
-                     pack_pair<typename F::T>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
-                     pack_pair<typename F::T>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
-    }
-    __syncwarp();
-    const int first = group * kRows + warp * 16, left = tile.queries - tile.first - first;
-    auto* const to = out_of<F>(a, tile, first);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = i * 4 + lane / 8, unit = lane % 8;
-#pragma unroll
-      for (int line = 0; line < F::kLines; ++line) {
-        const uint4 v = load_shared(place + line * (kRows * 128) + (warp * 16 + r) * 128 + (unit ^ r % 8) * 16);
-        if (r < left && line * kLine + unit * 8 < a.size)
-          *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
-      }
-    }
-    fence_stores();  // before the copy engine writes there again
+  const int first = group * kRows + warp * 16, left = tile.queries - tile.first - first;
+  const auto at = [&] {
+    return tile.batch * a.out_batch_stride + (tile.row + first) * a.out_row_stride + tile.head * a.size;
+  };
+  if (a.out_scale) {
+    store_f8(a, s, static_cast<uint8_t*>(a.out) + at(), left, lane);
+    return __syncwarp();  // all of it have read the tile
   }
+  const int row = warp * 16 + lane % 16;
+#pragma unroll
+  for (int j = 0; j < F::kSize / 8; j += 2) {
+    const int unit = (j + lane / 16) % 8;
+    store_matrices(place + j / 8 * (kRows * 128) + row * 128 + (unit ^ row % 8) * 16,
+                   pack_pair<typename F::T>(s.out[j * 4], s.out[j * 4 + 1]),
+                   pack_pair<typename F::T>(s.out[j * 4 + 2], s.out[j * 4 + 3]),
+                   pack_pair<typename F::T>(s.out[j * 4 + 4], s.out[j * 4 + 5]),
+                   pack_pair<typename F::T>(s.out[j * 4 + 6], s.out[j * 4 + 7]));
+  }
+  __syncwarp();
+  typename F::T* const to = static_cast<typename F::T*>(a.out) + at();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i * 4 + lane / 8, unit = lane % 8;
+#pragma unroll
+    for (int line = 0; line < F::kLines; ++line) {
+      const uint4 v = load_shared(place + line * (kRows * 128) + (warp * 16 + r) * 128 + (unit ^ r % 8) * 16);
+      if (r < left && line * kLine + unit * 8 < a.size)
+        *reinterpret_cast<uint4*>(to + r * a.out_row_stride + line * kLine + unit * 8) = v;
+    }
+  }
+  fence_stores();  // before the copy engine writes there again
   __syncwarp();
 }
 
 // Rows that no sequence has.
 template <class F>
 __device__ inline void clear_rest(const Call& a) {
-  using Eight = std::conditional_t<F::kQuantizes, uint2, uint4>;  // columns
   const int width = a.heads * (a.size / 8);
   const int64_t end = min(max(a.offsets[a.batch * a.offsets_stride], int64_t{0}), int64_t{a.queries});
   for (int64_t r = end + blockIdx.x; r < a.queries; r += gridDim.x)
-    for (int i = threadIdx.x; i < width; i += F::kConsumers)
-      reinterpret_cast<Eight*>(static_cast<OutOf<F>*>(a.out) + r * a.out_row_stride)[i] = {};
+    for (int i = threadIdx.x; i < width; i += F::kConsumers) {
+      const int64_t at = r * a.out_row_stride + i * 8;
+      if (a.out_scale)
+        *reinterpret_cast<uint2*>(static_cast<uint8_t*>(a.out) + at) = {};
+      else
+        *reinterpret_cast<uint4*>(static_cast<typename F::T*>(a.out) + at) = {};
+    }
 }
 
 // The blocks of all tiles in one sequence: the first product of a tile is under way with the last one of the one
@@ -1146,7 +1135,7 @@ void run(const CudaAttention& a, int processors, void* stream) {
   const int blocks = a.lengths && a.causal ? c.tiles : std::min(processors * F::kBlocks, c.tiles);
   const int64_t rows = a.batch * a.queries;
   const bool early = rows <= kEarlySpreadRows;
-  launch_when(early, a.out_scale ? attend<Quantizing<F>> : attend<F>, blocks, 1, F::kThreads,
+  launch_when(early, attend<F>, blocks, 1, F::kThreads,
               early ? spread_bytes(rows, blocks, processors, F::kBytes) : F::kBytes, stream, c);
 }
 
