@@ -26,14 +26,8 @@ from kpdeploy.runtimes.process import RuntimeProcess
 from kpdeploy.scratch import work_folder
 from kpdeploy.signature import Point, Signature
 
-WEIGHTS, INPUTS, POOL, GRAPH, REST = (
-    "weights",
-    "inputs",
-    "activations and outputs",
-    "CUDA graphs",
-    "CUDA and kernels",
-)
-"""Parts as kpdeploy.runtimes.cuda tells them, together with workspaces."""
+INPUTS, POOL, GRAPH = "inputs", "activations and outputs", "CUDA graphs"
+"""Of the parts that kpdeploy.runtimes.cuda tells, those that its buckets make larger."""
 
 
 def described(artifact: Artifact) -> dict[str, Any] | None:
@@ -166,10 +160,14 @@ def _loaded(artifact: Artifact, inputs: Sequence[Array] | None = None) -> tuple[
     with RuntimeProcess(artifact) as process:
         if inputs is not None:
             process.run(inputs)
-        parts = process.memory()
-        after = taken_bytes()
-        if before is not None and after is not None:
-            # The driver alone knows what is this process's: its context, and none of what others hold.
-            known = sum(part["bytes"] for part in parts if part["what"] != REST)
-            parts = [{**p, "bytes": max(0, after - before - known)} if p["what"] == REST else p for p in parts]
-        return parts, process.peak_bytes
+        return own(process.memory(), before), process.peak_bytes
+
+
+def own(parts: list[dict[str, Any]], before: int | None) -> list[dict[str, Any]]:
+    """What a process takes of the GPUs, of which `before` was taken by others. Its runtime sees the whole GPU in the
+    last part; the driver knows what is its own, the context of CUDA too."""
+    after = taken_bytes()
+    if not parts or before is None or after is None:
+        return parts
+    *known, last = parts
+    return [*known, {**last, "bytes": max(0, after - before - sum(part["bytes"] for part in known))}]

@@ -11,6 +11,7 @@ import numpy as np
 from kpdeploy.artifact import Artifact
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.errors import MemoryExceeded
+from kpdeploy.hardware.nvidia import taken_bytes
 from kpdeploy.inputs import lead_axis, sample
 from kpdeploy.memory import MemoryPlan, Part, fitting, point_told, size
 from kpdeploy.pipeline import graph_memory
@@ -35,6 +36,7 @@ def plan_memory(artifact: Artifact, signature: Signature, *, rows: int) -> Memor
     largest = {axis.name: axis.max for axis in signature.axes}
     point = {**largest, **({lead: max(1, rows)} if lead else {})}
     first, second = max(1, rows // 4), max(2, rows // 2)
+    before = taken_bytes()
     with RuntimeProcess(artifact) as process:
         loading = process.peak_bytes
         loaded = process.reset_peak()
@@ -52,7 +54,7 @@ def plan_memory(artifact: Artifact, signature: Signature, *, rows: int) -> Memor
             each = max(0.0, (few[1] - few[0]) / (second - first))
             fixed = max(0, round(few[0] - loaded - each * first))
             measured = peak(point)
-        elsewhere = tuple(Part(**part) for part in process.memory())
+        elsewhere = tuple(Part(**part) for part in graph_memory.own(process.memory(), before))
     weights = min(artifact.bytes, loaded)
     return MemoryPlan(
         point=point,

@@ -8,7 +8,8 @@ that what was proven is what runs. Each has
 
 `inputs` and `outputs` are the artifact's own names, in call order; `arrays` follow that order. `settings` is
 JSON: `threads` (0: the runtime's choice) for all, the rest in each file's docstring. A runtime that holds memory on
-another device has `memory()` too: [{"what": "pool of CUDA graphs", "bytes": …, "device": "NVIDIA H100"}], of now.
+another device has `memory()` too: [{"what": "pool of CUDA graphs", "bytes": …, "device": "NVIDIA H100"}], of now; the
+last entry may count what other processes hold.
 """
 
 from __future__ import annotations

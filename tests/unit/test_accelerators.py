@@ -68,6 +68,7 @@ class Nvml:
 
     def nvmlDeviceGetMemoryInfo(self, handle: object, memory: object) -> int:
         memory._obj.total = 80 << 30  # type: ignore[attr-defined]
+        memory._obj.used = 3 << 30  # type: ignore[attr-defined]
         return 0
 
     def nvmlDeviceGetCudaComputeCapability(self, handle: object, major: object, minor: object) -> int:
@@ -95,6 +96,13 @@ def with_torch(monkeypatch: pytest.MonkeyPatch, folder: Path, version: str) -> N
         origin = str(folder / "torch/__init__.py")
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: Spec if name == "torch" else None)
+
+
+def test_what_is_taken_of_a_gpu_is_the_drivers_figure_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_nvml(monkeypatch, Nvml())
+    assert nvidia.taken_bytes() == 3 << 30
+    with_nvml(monkeypatch, None)
+    assert nvidia.taken_bytes() is None
 
 
 def test_an_h100_with_a_torch_of_its_cuda_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

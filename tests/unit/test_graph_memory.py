@@ -168,3 +168,14 @@ def test_what_does_not_fit_at_all_is_told_with_what_each_layout_takes(candidate:
     assert "at 1 row:" in found.value.why
     assert "allow 515 MB or more with --memory-budget" in found.value.next_step
     assert len(left(candidate.artifact.folder)) == ALL
+
+
+@pytest.mark.parametrize(("before", "after", "last"), [(5000, 5800, 250), (None, 5800, 400), (5000, 5300, 0)])
+def test_what_others_hold_of_the_gpu_is_not_the_process_own(
+    monkeypatch: pytest.MonkeyPatch, before: int | None, after: int, last: int
+) -> None:
+    parts = [{"what": "weights", "bytes": 550}, {"what": "CUDA and kernels", "bytes": 400}]
+    monkeypatch.setattr(graph_memory, "taken_bytes", lambda: after)
+    found = graph_memory.own(parts, before)
+    assert [part["bytes"] for part in found] == [550, last]
+    assert graph_memory.own([], before) == []
