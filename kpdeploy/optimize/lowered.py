@@ -16,7 +16,7 @@ from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.optimize import fp8, pack, positions, precision, read_rows
-from kpdeploy.optimize.graph import aten, is_call, name_of, parameter, sweep
+from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, parameter, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ def lowered(
             decisions, layers = fp8.lower(module, samples, budget)
         if dropped and isinstance(found := pack.pack(module, given=told), Skipped):
             raise ExportFailed("padding cannot be dropped", why=found.reason)
+        _line_up(module)
     constant = all(map(_weights_are_held, module.graph.nodes))
     return Lowered(module=module, decisions=decisions, layers=layers, constant=constant)
 
@@ -75,6 +76,20 @@ def _weights_are_held(node: Node) -> bool:
     names: list[str] = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     taken = [a for name, a in zip(names, node.args, strict=False) if name.endswith(("weight", "bias", "scale"))]
     return all(value.op == "get_attr" for value in taken if isinstance(value, Node))
+
+
+VIEWS = (aten.slice.Tensor, aten.split_with_sizes.default)
+
+
+def _line_up(module: GraphModule) -> None:
+    """Columns of a joined product that are appended to a cache are copied out of it first: torch.cat goes element by
+    element where one of its parts has gaps, and the cache is the larger part."""
+    for node in list(calls(module.graph, aten.cat.default)):
+        for part in node.all_input_nodes:
+            maker = part.args[0] if part.target is operator.getitem else part
+            if is_call(maker, *VIEWS) and len(node.all_input_nodes) > 1:
+                node.replace_input_with(part, insert(node, aten.contiguous.default, (part,), part))
+    sweep(module)
 
 
 MADE = (aten.arange.default, aten.arange.start, aten.arange.start_step, aten.full.default, aten.scalar_tensor.default)

@@ -897,21 +897,35 @@ print(out.device, "kpdeploy" in sys.modules)
 """
 
 
+class Plain(torch.nn.Module):
+    """The same inputs, without an op of ours."""
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return x.relu() * lengths[:, None, None]
+
+
+def alone(artifact: str, folder: Path, library: str, model: torch.nn.Module) -> subprocess.CompletedProcess[str]:
+    """The artifact of a model, run by a process that has torch and the library, and no kpdeploy."""
+    path = folder / artifact
+    x, lengths = torch.randn(3, 21, 64, device="cuda", dtype=torch.bfloat16), torch.tensor([21, 1, 7], device="cuda")
+    program = torch.export.export(model, (x, lengths))
+    if artifact.endswith("aoti.pt2"):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    else:
+        torch.export.save(program, path)
+    torch.save((x, lengths, model(x, lengths)), folder / "case.pt")
+    command = [sys.executable, "-X", "faulthandler", "-c", SCRIPT, library, str(path), str(folder / "case.pt")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
 @pytest.mark.parametrize("artifact", ["saved.pt2", "aoti.pt2"])
 def test_an_artifact_runs_on_the_gpu_with_the_library_alone(
     artifact: str, tmp_path: Path, gpu: None, torch_library: str
 ) -> None:
-    model, path = Block(), tmp_path / artifact
-    x, lengths = torch.randn(3, 21, 64, device="cuda", dtype=torch.bfloat16), torch.tensor([21, 1, 7], device="cuda")
-    program = torch.export.export(model, (x, lengths))
-    if artifact == "aoti.pt2":
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    else:
-        torch.export.save(program, path)
-    torch.save((x, lengths, model(x, lengths)), tmp_path / "case.pt")
-    command = [sys.executable, "-X", "faulthandler", "-c", SCRIPT, torch_library, str(path), str(tmp_path / "case.pt")]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = alone(artifact, tmp_path, torch_library, Block())
+    if done.returncode == -11 and alone(f"plain_{artifact}", tmp_path, torch_library, Plain()).returncode == -11:
+        pytest.skip(f"NOT RUN: {artifact} on a GPU: torch {torch.__version__} crashes on one of its own operators, too")
     assert (done.returncode, done.stdout) == (0, "cuda:0 False\n"), done.stderr[-4000:]
 
 
