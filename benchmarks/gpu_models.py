@@ -294,7 +294,9 @@ def programs(capture: Capture, precision: str, works: Sequence[Work], samples: S
         inner.mkdir()
         form = graphs.Form(precision=precision, dropped=dropped, padded=axes)
         began = time.perf_counter()
-        made = lowered(capture.program, bits=precision, dropped=dropped, device="cuda", samples=samples, budget=1.0)
+        made = lowered(
+            capture.program, bits=precision, dropped=dropped, device="cuda", samples=samples, budget=1.0, whole=True
+        )
         graphs.export(capture, inner, form, module=Flat(made.module, None), constant=made.constant)
         print("  ", precision, [d.what for d in made.decisions], f"{time.perf_counter() - began:.0f} s", flush=True)
         described = json.loads((inner / graphs.GRAPHS).read_text())

@@ -137,13 +137,12 @@ AttentionBlock block_of(const Attention& a, const Sequence& s, int64_t head, int
   return block;
 }
 
-void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
+CudaAttention cuda_attention(const kpdeploy_context* context, const Attention& a) {
   const auto grid = [](const Tensor& t) { return CudaGrid{t.data, t.stride(0), t.stride(1)}; };
   CudaAttention c{};
   c.query = grid(a.query);
   c.key = grid(a.key);
   c.value = grid(a.value);
-  c.out = grid(a.out);
   c.lengths = a.lengths;
   c.lengths_stride = a.lengths_stride;
   c.offsets = a.offsets;
@@ -159,6 +158,12 @@ void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
   c.causal = a.causal;
   c.out_scale = a.out_scale;
   c.memory = {context->gpu_memory, context->pool};
+  return c;
+}
+
+void attend_on_gpu(const kpdeploy_context* context, const Attention& a) {
+  CudaAttention c = cuda_attention(context, a);
+  c.out = {a.out.data, a.out.stride(0), a.out.stride(1)};
   cuda_kernels()->attention[a.query.dtype](c, context->stream);
 }
 
@@ -248,5 +253,54 @@ int kpdeploy_packed_attention_fp8(const kpdeploy_context* context, const kpdeplo
     kpdeploy::Attention a = kpdeploy::checked(query, key, value, heads, kv_heads, scale, causal, out_scale, out);
     kpdeploy::check_offsets(a, offsets);
     kpdeploy::attend(context, a);
+  });
+}
+
+int kpdeploy_attention_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* query,
+                                      const kpdeploy_tensor* key, const kpdeploy_tensor* value,
+                                      const kpdeploy_tensor* lengths, int64_t heads, double scale, int causal,
+                                      const kpdeploy_tensor* weight, const kpdeploy_tensor* x_scale,
+                                      const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
+                                      const kpdeploy_tensor* residual, const kpdeploy_tensor* norm_weight,
+                                      const kpdeploy_tensor* norm_bias, double eps, const kpdeploy_tensor* out_scale,
+                                      const kpdeploy_tensor* normalized, const kpdeploy_tensor* sum,
+                                      const kpdeploy_tensor* quantized, int* queued) {
+  using namespace kpdeploy;
+  *queued = 0;
+  return guarded(context, "attention_add_layer_norm", [&] {
+    Attention a = checked(query, key, value, heads, heads, scale, causal, normalized);
+    check_lengths(a, lengths);
+    if (!a.query.on_gpu() || a.query.numel() == 0) return;
+    const int64_t width = a.query.size(2);
+    const Tensor w = x_scale ? gpu_tensor("weight", weight, KPDEPLOY_F8, 2, &a.query)
+                             : floats_like("weight", weight, 2, a.query);
+    if (w.rank != 2 || w.size(0) != width || w.size(1) != width)
+      refuse("weight is %s, not [%lld, %lld]", w.shape().c_str(), (long long)width, (long long)width);
+    if (!norm_weight) refuse("norm_weight is missing");
+    const Tensor added = floats_like("residual", residual, 3, a.query), total = floats_like("sum", sum, 3, a.query);
+    same_sizes(added, a.query);
+    same_sizes(total, a.query);
+    CudaAttended c{};
+    c.attention = cuda_attention(context, a);
+    c.weight = {w.data, w.stride(0)};
+    c.bias = vector_of("bias", bias, width, a.query);
+    c.norm_weight = vector_of("norm_weight", norm_weight, width, a.query);
+    c.norm_bias = vector_of("norm_bias", norm_bias, width, a.query);
+    c.residual = Rows(added).walk();
+    c.sum = Rows(total).walk();
+    c.normalized = Rows(a.out).walk();
+    if (x_scale) {
+      c.x_scale = gpu_scales("x_scale", x_scale, 1, a.query, nullptr);
+      c.weight_scale = gpu_scales("weight_scale", weight_scale, width, a.query, &c.weight_scale_rows);
+    }
+    if (quantized) {
+      const Tensor eight = gpu_tensor("quantized", quantized, KPDEPLOY_F8, 3, &a.query);
+      same_sizes(eight, a.query);
+      c.quantized = Rows(eight).walk();
+      c.out_scale = gpu_scales("out_scale", out_scale, 1, a.query, nullptr);
+    }
+    c.eps = static_cast<float>(eps);
+    c.constant = weights_are_constant();
+    *queued = cuda_kernels()->attended[a.query.dtype](c, context->stream);
   });
 }

@@ -8,6 +8,7 @@
 #include "cudnn_attention.h"
 #include "device.cuh"
 #include "gpu_choice.h"
+#include "hopper_attended.h"
 #include "hopper_attention.h"
 #include "hopper_fp8_attention.h"
 
@@ -389,6 +390,18 @@ void attention(const CudaAttention& a, void* stream) {
   if (a.head_size <= 128) return attend_in<T, 128>(a, is_aligned, stream);
   return attend_in<T, 256>(a, is_aligned, stream);
 }
+
+template <class T>
+bool attended(const CudaAttended& a, void* stream) {
+  if constexpr (std::is_same_v<T, float>)
+    return false;
+  else
+    return current_gpu().capability == 90 && hopper_attended<T>(a, stream);
+}
+
+template bool attended<float>(const CudaAttended&, void*);
+template bool attended<bf16>(const CudaAttended&, void*);
+template bool attended<f16>(const CudaAttended&, void*);
 
 template void attention<float>(const CudaAttention&, void*);
 template void attention<bf16>(const CudaAttention&, void*);

@@ -32,6 +32,7 @@ const kpdeploy::CudaKernels* kpdeploy::cuda_kernels() {
       {nullptr, fp8_attention_operands<bf16>, fp8_attention_operands<f16>},
       fp8_attention,
       {rotary<float>, rotary<bf16>, rotary<f16>},
+      {attended<float>, attended<bf16>, attended<f16>},
   };
   return &table;
 }

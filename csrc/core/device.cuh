@@ -278,5 +278,7 @@ void attention(const CudaAttention& a, void* stream);
 template <class T>
 void fp8_attention_operands(const CudaFp8Operands& a, void* stream);
 void fp8_attention(const CudaFp8Attention& a, void* stream);
+template <class T>
+bool attended(const CudaAttended& a, void* stream);
 
 }  // namespace kpdeploy

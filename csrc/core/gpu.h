@@ -107,6 +107,20 @@ struct CudaFp8Attention {
   bool causal;
 };
 
+// Attention, the product of its result (the width of all heads to as many columns), the residual sum and its layer norm.
+struct CudaAttended {
+  CudaAttention attention;  // its out stays null
+  CudaMatrix weight;
+  const void *bias, *norm_weight, *norm_bias;  // bias, norm_bias: null for none
+  Walk residual, sum, normalized;
+  Walk quantized;  // of 8-bit floats: only with out_scale
+  float eps;
+  bool constant;  // as in CudaLinear
+  // Where the weight is of 8 bits, the scale of attention's result and the weight's, one or one a row; else null.
+  const float *x_scale, *weight_scale, *out_scale;
+  bool weight_scale_rows;
+};
+
 // Indexed by kpdeploy_dtype: F32, BF16, F16. Each queues one kernel on the stream, or throws a Refusal.
 struct CudaKernels {
   void (*norm[3])(const CudaNorm&, void* stream);
@@ -117,7 +131,11 @@ struct CudaKernels {
   void (*fp8_attention_operands[3])(const CudaFp8Operands&, void* stream);  // none of F32
   void (*fp8_attention)(const CudaFp8Attention&, void* stream);
   void (*rotary[3])(const CudaRotary&, void* stream);
+  bool (*attended[3])(const CudaAttended&, void* stream);  // false, with nothing queued: it is for separate kernels
 };
+
+// What kpdeploy_set_constant_weights was last told in this thread.
+bool weights_are_constant();
 
 // Null where this library was built without CUDA.
 const CudaKernels* cuda_kernels();

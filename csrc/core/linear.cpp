@@ -276,6 +276,8 @@ Fp8Linear fp8_linear_of(const char* weight_name, const kpdeploy_tensor* x, const
 
 using namespace kpdeploy;
 
+bool kpdeploy::weights_are_constant() { return constant_weights; }
+
 int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation,
                                const kpdeploy_tensor* out) {

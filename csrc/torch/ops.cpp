@@ -351,12 +351,15 @@ Tensor onednn_linear(const Tensor& x, const Tensor& weight, const Optional& bias
   return Tensor(out);
 }
 
-Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle activation) {
+int activation_of(StringHandle activation) {
   const char* name = "";
   torch_string_c_str(activation, &name);
   const int kind = kpdeploy_activation_of(name);
   torch_delete_string(activation);
+  return kind;
+}
 
+Tensor linear(Tensor x, Tensor weight, Optional bias, int kind) {
   make_dense(x, weight);
   make_dense(bias);
   const View a(x), w(weight);
@@ -369,13 +372,12 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
   return out;
 }
 
-Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias,
-                             Optional out_scale, StringHandle activation) {
-  const char* name = "";
-  torch_string_c_str(activation, &name);
-  const int kind = kpdeploy_activation_of(name);
-  torch_delete_string(activation);
+Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle activation) {
+  return linear(x, weight, bias, activation_of(activation));
+}
 
+Tensor fp8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias, Optional out_scale,
+                  int kind) {
   make_dense(x, weight);
   make_dense(bias);
   const View a(x), w(weight), xs(x_scale), ws(weight_scale);
@@ -387,6 +389,11 @@ Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor wei
     return kpdeploy_fp8_linear_activation(c, a, w, xs, ws, b, os, kind, o);
   });
   return out;
+}
+
+Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias,
+                             Optional out_scale, StringHandle activation) {
+  return fp8_linear(x, weight, x_scale, weight_scale, bias, out_scale, activation_of(activation));
 }
 
 Tensor fp8_gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor x_scale, Tensor gate_scale,
@@ -508,6 +515,63 @@ Tensor rotary_embedding(Tensor x, Tensor cos, Tensor sin, int64_t heads) {
   return out;
 }
 
+// The three results of attention, a product, the residual sum and its norm, where the kernels for few rows make them.
+struct Attended {
+  Tensor query, key, value;
+  Optional lengths;
+  int64_t heads;
+  double scale;
+  bool causal;
+  Tensor weight;
+  Optional x_scale, weight_scale, bias;
+  Tensor residual, norm_weight;
+  Optional norm_bias;
+  double eps;
+  Optional out_scale{};
+  Tensor normalized{}, sum{};
+  Optional quantized{};
+
+  bool queue() {
+    make_dense(query, key, value, weight, residual, norm_weight);
+    make_dense(bias);
+    make_dense(norm_bias);
+    if (query.dim() != 3 || weight.dim() != 2 || weight.size(0) != query.size(2)) return false;
+    normalized = dense_like(query);
+    sum = dense_like(query);
+    if (out_scale) quantized = dense_f8_like(query);
+    const View q(query), k(key), v(value), w(weight), r(residual), nw(norm_weight), n(normalized), s(sum);
+    const OptionalView l(lengths), xs(x_scale), ws(weight_scale), b(bias), nb(norm_bias), os(out_scale), e(quantized);
+    int queued = 0;
+    run(q, [&](const kpdeploy_context* c) {
+      return kpdeploy_attention_add_layer_norm(c, q, k, v, l, heads, scale, causal, w, xs, ws, b, r, nw, nb, eps, os, n, s,
+                                               e, &queued);
+    });
+    return queued != 0;
+  }
+};
+
+std::tuple<Tensor, Tensor> attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Optional lengths,
+                                                    int64_t heads, double scale, bool causal, Tensor weight,
+                                                    Optional bias, Tensor residual, Tensor norm_weight,
+                                                    Optional norm_bias, double eps) {
+  Attended a{query, key, value, lengths, heads, scale, causal, weight, {}, {}, bias, residual, norm_weight, norm_bias, eps};
+  if (query.is_cuda() && a.queue()) return {a.normalized, a.sum};
+  const Tensor x = attention(query, key, value, lengths, heads, heads, scale, causal);
+  return add_layer_norm(linear(x, weight, bias, KPDEPLOY_NONE), residual, norm_weight, norm_bias, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fp8_attention_add_layer_norm(
+    Tensor query, Tensor key, Tensor value, Optional lengths, int64_t heads, double scale, bool causal, Tensor weight,
+    Tensor x_scale, Tensor weight_scale, Optional bias, Tensor residual, Tensor norm_weight, Optional norm_bias, double eps,
+    Tensor out_scale) {
+  Attended a{query,        key,  value,    lengths,     heads,     scale, causal,   weight, x_scale,
+             weight_scale, bias, residual, norm_weight, norm_bias, eps,   out_scale};
+  if (query.is_cuda() && a.queue()) return {a.normalized, a.sum, *a.quantized};
+  const Tensor x = attention_fp8(query, key, value, lengths, heads, heads, scale, causal, x_scale);
+  const Tensor product = fp8_linear(x, weight, x_scale, weight_scale, bias, std::nullopt, KPDEPLOY_NONE);
+  return fp8_add_layer_norm(product, residual, norm_weight, norm_bias, eps, out_scale);
+}
+
 struct Op {
   const char* name;
   const char* schema;
@@ -579,6 +643,17 @@ const Op kOps[] = {
      "fp8_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor out_scale) -> "
      "(Tensor normalized, Tensor sum, Tensor quantized)",
      TORCH_BOX(&fp8_add_rms_norm)},
+    {"attention_add_layer_norm",
+     "attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
+     "bool causal, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, float eps) -> "
+     "(Tensor normalized, Tensor sum)",
+     TORCH_BOX(&attention_add_layer_norm)},
+    {"fp8_attention_add_layer_norm",
+     "fp8_attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
+     "bool causal, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor residual, "
+     "Tensor norm_weight, Tensor? norm_bias, float eps, Tensor out_scale) -> "
+     "(Tensor normalized, Tensor sum, Tensor quantized)",
+     TORCH_BOX(&fp8_attention_add_layer_norm)},
 };
 
 // Whether another copy of this library, from another path, has registered the ops in this process.

@@ -13,10 +13,12 @@ from __future__ import annotations
 from kpdeploy.ops.add_layer_norm import ADD_LAYER_NORM
 from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
 from kpdeploy.ops.attention import ATTENTION
+from kpdeploy.ops.attention_add_layer_norm import ATTENTION_ADD_LAYER_NORM
 from kpdeploy.ops.attention_fp8 import ATTENTION_FP8
 from kpdeploy.ops.fp8_add_layer_norm import FP8_ADD_LAYER_NORM
 from kpdeploy.ops.fp8_add_rms_norm import FP8_ADD_RMS_NORM
 from kpdeploy.ops.fp8_attention import FP8_ATTENTION
+from kpdeploy.ops.fp8_attention_add_layer_norm import FP8_ATTENTION_ADD_LAYER_NORM
 from kpdeploy.ops.fp8_attention_operands import FP8_ATTENTION_OPERANDS
 from kpdeploy.ops.fp8_gated_linear import FP8_GATED_LINEAR
 from kpdeploy.ops.fp8_layer_norm import FP8_LAYER_NORM
@@ -62,8 +64,11 @@ GPU_OPS: dict[str, Op] = {
         FP8_ATTENTION,
         ATTENTION_FP8,
         PACKED_ATTENTION_FP8,
+        ATTENTION_ADD_LAYER_NORM,
+        FP8_ATTENTION_ADD_LAYER_NORM,
     )
 }
-"""Ops in torch for GPUs alone: no CPU kernel, no ONNX form, and no rewrite that makes them."""
+"""Ops in torch for GPUs: no ONNX form, no kernel for CPUs but others' one after the other, and no fusion of
+kpdeploy.optimize that makes them: they come into a graph that is lowered for a GPU (kpdeploy.optimize.lowered)."""
 
 __all__ = ["GPU_OPS", "NAMESPACE", "ONNX_DOMAIN", "OPS", "Op", "register"]

@@ -114,7 +114,7 @@ class OnGpu:
         from kpdeploy.export import cuda
         from kpdeploy.load.flat import Flat
 
-        made = self._lowered(source, form, self.device)
+        made = self._lowered(source, form, self.device, whole=True)
         module = Flat(made.module, None)
         cuda.export(source, folder, form, module=module, constant=made.constant, device=self.device)
         return made
@@ -133,7 +133,7 @@ class OnGpu:
             (folder / cuda.GRAPHS).write_text(json.dumps(cuda.described(source.signature, form, self.device)))
         return made
 
-    def _lowered(self, source: Capture, form: Form, device: str) -> Lowered:
+    def _lowered(self, source: Capture, form: Form, device: str, *, whole: bool = False) -> Lowered:
         from kpdeploy.export.capture import quiet, reason
         from kpdeploy.load.calibration import calibration
         from kpdeploy.optimize.lowered import lowered
@@ -150,6 +150,7 @@ class OnGpu:
                     device=device,
                     samples=samples,
                     budget=self.budget,
+                    whole=whole,
                 )
         except ExportFailed:
             raise

@@ -596,6 +596,73 @@ def test_norms_that_quantize_give_the_reference(name: str, dtype: str, gpu: None
         assert error(outs[-1].double(), refs[-1].double()) <= 5e-3, what
 
 
+ATTENDED = ((1, 128, 12), (2, 100, 12), (2, 128, 12), (4, 64, 12), (3, 17, 12), (1, 200, 16), (1, 50, 2), (2, 33, 1),
+            (1, 300, 12), (5, 129, 12))  # fmt: skip
+"""Batch, length and heads of 64: 16 and 32 rows to a cluster, tails, one head, and more than one kernel takes."""
+
+
+def _attended(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Query, key, value, lengths, heads, scale; weight, bias, residual, and the norm's weight and bias."""
+    batch, length, heads = shape
+    width = heads * 64
+    q, k, v = torch.randn(batch, length, 3 * width).to(dtype).chunk(3, dim=-1)
+    lengths = torch.randint(0, length + 1, (2 * batch,))[::2]
+    w = (torch.randn(width, width) / width**0.5).to(dtype)
+    r = torch.randn(batch, length, width).to(dtype)
+    bias, weight, shift = torch.randn(3, width).to(dtype)
+    return (q, k, v, lengths, heads, 0.125), (w, bias, r, weight, shift)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ATTENDED, ids=str)
+def test_attention_with_its_output_and_norm_gives_the_reference(
+    shape: tuple[int, int, int], dtype: str, causal: bool, gpu: None
+) -> None:
+    op = GPU_OPS["attention_add_layer_norm"]
+    attention, (w, bias, r, weight, shift) = _attended(shape, DTYPES[dtype])
+    for lengths, b, s in ((attention[3], bias, shift), (None, None, None)):
+        arguments = (*attention[:3], lengths, *attention[4:], causal, w, b, r, weight, s, 1e-5)
+        assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", dtype, "")
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one scale", "row scales"])
+@pytest.mark.parametrize("shape", ATTENDED, ids=str)
+def test_attention_with_its_output_in_8_bits_and_norm_gives_the_reference(
+    shape: tuple[int, int, int], each: bool, hopper: None
+) -> None:
+    op = GPU_OPS["fp8_attention_add_layer_norm"]
+    attention, (w, bias, r, weight, shift) = _attended(shape, torch.bfloat16)
+    w8, x_scale, out_scale = (w * 300).to(torch.float8_e4m3fn), torch.tensor([0.007]), torch.tensor([0.02])
+    scales = (torch.rand(w.shape[0]) + 0.5 if each else torch.tensor([0.7])) / 300
+    arguments = (*attention, False, w8, x_scale, scales, bias, r, weight, shift, 1e-5, out_scale)
+    outs, refs = through_torch(op, arguments), expected(op, arguments)
+    assert worst(outs[:-1], refs[:-1]) <= 6e-3
+    assert outs[-1].dtype == torch.float8_e4m3fn
+    assert error(outs[-1].double(), refs[-1].double()) <= 4e-2
+
+
+@pytest.mark.parametrize("shape", ATTENDED, ids=str)
+def test_attention_with_its_output_reads_no_key_beyond_the_length(shape: tuple[int, int, int], hopper: None) -> None:
+    attention, others = _attended(shape, torch.bfloat16)
+    *(q, k, v), lengths, heads, scale = on_gpu(attention)
+    others, ops = on_gpu(others), torch.ops.kpdeploy
+    outs = []
+    with constant_weights():
+        for beyond in (0.0, torch.nan):
+            for tensor in (k, v):
+                for i, length in enumerate(lengths.tolist()):
+                    tensor[i, length:] = beyond
+            torch.cuda.synchronize()
+            outs.append(ops.attention_add_layer_norm(q, k, v, lengths, heads, scale, False, *others, 1e-5))
+    assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
+    assert all(out.isfinite().all() for out in outs[1])
+    lengths[0] = -1
+    out = ops.attention_add_layer_norm(q, k, v, lengths, heads, scale, False, *others, 1e-5)[0]
+    assert out[0].isnan().all()
+    assert not out[1:].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantizing_gives_the_reference(dtype: str, gpu: None) -> None:
     torch.manual_seed(7)

@@ -62,13 +62,14 @@ def test_weights_are_constants_within_a_block_alone(torch_library: str) -> None:
     assert use(0) == 0
 
 
-def calls_of_8_bits() -> dict[str, tuple[Any, ...]]:
-    """A call of each op that is for GPUs alone, with tensors of the CPU."""
+def calls_for_gpus() -> dict[str, tuple[Any, ...]]:
+    """A call of each op that is for GPUs, with tensors of the CPU."""
     x, one = torch.randn(3, 5, 32), torch.tensor([0.5])
     x8, w8 = x.to(torch.float8_e4m3fn), torch.randn(48, 32).to(torch.float8_e4m3fn)
     q = torch.randn(2, 200, 128).bfloat16()
     attention = (q, q[:, :, :64], q[:, :, :64])
     operands = GPU_OPS["fp8_attention_operands"].reference(q, q[:, :, :64], q[:, :, :64], None, 2, 1)
+    attended = (x, x, x, torch.tensor([5, 0, 2]), 2, 0.25, False)
     return {
         "fp8_quantize": (x, one),
         "fp8_attention_operands": (q, q[:, :, :64], q[:, :, :64], torch.tensor([200, 3]), 2, 1),
@@ -81,16 +82,21 @@ def calls_of_8_bits() -> dict[str, tuple[Any, ...]]:
         "fp8_rms_norm": (x, x[0, 0], 1e-5, one),
         "fp8_add_layer_norm": (x, x, x[0, 0], x[0, 1], 1e-5, one),
         "fp8_add_rms_norm": (x, x, x[0, 0], 1e-5, one),
+        "attention_add_layer_norm": (*attended, torch.randn(32, 32), x[0, 2], x, x[0, 0], None, 1e-5),
+        "fp8_attention_add_layer_norm": (*attended, w8[:32], one, one, None, x, x[0, 0], x[0, 1], 1e-5, one),
     }
 
 
 @pytest.mark.parametrize("name", GPU_OPS)
-def test_an_op_for_gpus_has_a_reference_like_its_fake_and_refuses_the_cpu(name: str) -> None:
-    arguments = calls_of_8_bits()[name]
+def test_an_op_for_gpus_has_a_reference_like_its_fake_and_no_kernel_of_8_bits_for_the_cpu(name: str) -> None:
+    arguments = calls_for_gpus()[name]
     outs, fakes = (each(*arguments) for each in (GPU_OPS[name].reference, GPU_OPS[name].fake))
     for out, fake in zip(*(v if isinstance(v, tuple) else (v,) for v in (outs, fakes)), strict=True):
         assert (out.shape, out.dtype, out.is_contiguous()) == (fake.shape, fake.dtype, True)
         assert out.float().isfinite().all()
+    if not name.startswith("fp8_"):
+        assert max(error(a, b) for a, b in zip(op_of(name)(*arguments), outs, strict=True)) < 1e-6
+        return
     with pytest.raises(RuntimeError, match=r"(x|query|query8) is on the CPU, and this op has kernels for GPUs"):
         op_of(name)(*arguments)
 

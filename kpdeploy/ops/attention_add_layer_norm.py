@@ -1,0 +1,69 @@
+"""attention_add_layer_norm: attention, a linear of its result, the residual sum, and that sum's layer norm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from kpdeploy.ops import add_layer_norm, attention, linear_activation
+from kpdeploy.ops.op import Op
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(sum), sum), sum = attention · weightᵀ + bias + residual, both [B, S, N].
+
+    query [B, S, heads·D], key and value [B, Sk, heads·D], weight [N, heads·D], residual [B, S, N]; all else as in
+    attention, linear_activation and add_layer_norm.
+    """
+    attended = attention.reference(query.double(), key, value, lengths, heads, heads, scale, causal)
+    product = linear_activation.reference(attended, weight, None if bias is None else bias.double(), "none")
+    normalized, total = add_layer_norm.reference(product, residual, norm_weight, norm_bias, eps)
+    return normalized.to(query.dtype), total.to(query.dtype)
+
+
+def fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor | None,
+    heads: int,
+    scale: float,
+    causal: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
+ATTENTION_ADD_LAYER_NORM = Op(
+    name="attention_add_layer_norm",
+    schema="attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
+    "bool causal, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, float eps) -> "
+    "(Tensor normalized, Tensor sum)",
+    onnx="",
+    reference=reference,
+    fake=fake,
+    onnx_body="",
+    dtypes=("float32", "bfloat16", "float16"),
+    libraries=("libkpdeploy_torch.so",),
+)

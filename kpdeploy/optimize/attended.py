@@ -1,0 +1,70 @@
+"""Attention, the linear of its result, the residual sum and its norm become one op, in a graph lowered for a GPU.
+
+Each is a kernel of some microseconds that waits for the one ahead; for few rows their waits are most of a layer's time.
+Where rows are many the op runs the kernels of its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from kpdeploy.optimize.graph import calls, insert, is_call, sweep, used_once
+
+ops = torch.ops.kpdeploy
+
+
+def fuse(module: GraphModule) -> None:
+    """Rewrite a lowered module in place, where attention's result goes to one linear and that to one norm alone."""
+    for norm in calls(module.graph, ops.add_layer_norm.default):
+        _in_16_bits(norm)
+    for norm in calls(module.graph, ops.fp8_add_layer_norm.default):
+        _in_8_bits(norm)
+    sweep(module)
+
+
+def _sole(value: Any, target: Any) -> Node | None:
+    """The value, if it is a call of this operator with one user."""
+    return value if is_call(value, target) and used_once(value) else None
+
+
+def _attention(arguments: Any) -> tuple[Any, ...] | None:
+    """Query, key, value, lengths, heads, scale, causal of an attention with as many heads of keys; else None."""
+    *tensors, heads, kv_heads, scale, causal = arguments
+    return (*tensors, heads, scale, causal) if heads == kv_heads else None
+
+
+def _in_16_bits(norm: Node) -> None:
+    for linear, residual in _summands(norm, ops.linear_activation.default):
+        x, weight, bias, activation = linear.args
+        made = _sole(x, ops.attention.default)
+        if made is not None and activation == "none" and (attention := _attention(made.args)):
+            args = (*attention, weight, bias, residual, *norm.args[2:])
+            return _replace(norm, ops.attention_add_layer_norm.default, args)
+
+
+def _in_8_bits(norm: Node) -> None:
+    for linear, residual in _summands(norm, ops.fp8_linear_activation.default):
+        x, weight, x_scale, weight_scale, bias, out_scale, activation = linear.args
+        made = _sole(x, ops.attention_fp8.default)
+        # What is quantized for one product alone is so by the scale of that product's input.
+        if made is not None and out_scale is None and activation == "none" and (attention := _attention(made.args[:-1])):
+            args = (*attention, weight, x_scale, weight_scale, bias, residual, *norm.args[2:])
+            return _replace(norm, ops.fp8_attention_add_layer_norm.default, args)
+
+
+def _summands(norm: Node, target: Any) -> Iterator[tuple[Node, Any]]:
+    """The linears among the two that a norm adds, each with the other."""
+    x, residual = norm.args[:2]
+    for one, other in ((x, residual), (residual, x)):
+        if (linear := _sole(one, target)) is not None:
+            yield linear, other
+
+
+def _replace(norm: Node, target: Any, args: tuple[Any, ...]) -> None:
+    made = insert(norm, target, args)
+    for user in list(norm.users):
+        user.replace_input_with(norm, made)
