@@ -268,7 +268,7 @@ int kpdeploy_attention_add_layer_norm(const kpdeploy_context* context, const kpd
   using namespace kpdeploy;
   *queued = 0;
   return guarded(context, "attention_add_layer_norm", [&] {
-    Attention a = checked(query, key, value, heads, heads, scale, causal, normalized);
+    Attention a = checked(query, key, value, heads, heads, scale, causal, nullptr, normalized);
     check_lengths(a, lengths);
     if (!a.query.on_gpu() || a.query.numel() == 0) return;
     const int64_t width = a.query.size(2);

@@ -51,7 +51,12 @@ def _in_8_bits(norm: Node) -> None:
         x, weight, x_scale, weight_scale, bias, out_scale, activation = linear.args
         made = _sole(x, ops.attention_fp8.default)
         # What is quantized for one product alone is so by the scale of that product's input.
-        if made is not None and out_scale is None and activation == "none" and (attention := _attention(made.args[:-1])):
+        if (
+            made is not None
+            and out_scale is None
+            and activation == "none"
+            and (attention := _attention(made.args[:-1]))
+        ):
             args = (*attention, weight, x_scale, weight_scale, bias, residual, *norm.args[2:])
             return _replace(norm, ops.fp8_attention_add_layer_norm.default, args)
 
