@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from kpdeploy.optimize.graph import calls, insert, is_call, sweep, used_once
+from kpdeploy.optimize.graph import calls, insert, is_call, same_size, shape, sweep, used_once
 
 ops = torch.ops.kpdeploy
 
@@ -32,9 +32,10 @@ def _sole(value: Any, target: Any) -> Node | None:
 
 
 def _attention(arguments: Any) -> tuple[Any, ...] | None:
-    """Query, key, value, lengths, heads, scale, causal of an attention with as many heads of keys; else None."""
+    """Query, key, value, lengths, heads, scale, causal of an attention with as many keys as queries; else None."""
     *tensors, heads, kv_heads, scale, causal = arguments
-    return (*tensors, heads, scale, causal) if heads == kv_heads else None
+    alike = heads == kv_heads and same_size(shape(tensors[0])[1], shape(tensors[1])[1])
+    return (*tensors, heads, scale, causal) if alike else None
 
 
 def _in_16_bits(norm: Node) -> None:
