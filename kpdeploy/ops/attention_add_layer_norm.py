@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import add_layer_norm, attention, linear_activation
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,15 +55,11 @@ def fake(
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
 
 
-ATTENTION_ADD_LAYER_NORM = Op(
+ATTENTION_ADD_LAYER_NORM = gpu_op(
     name="attention_add_layer_norm",
     schema="attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
     "bool causal, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, float eps) -> "
     "(Tensor normalized, Tensor sum)",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
-    dtypes=("float32", "bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )

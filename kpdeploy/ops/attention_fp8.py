@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import attention, fp8_quantize
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,14 +47,10 @@ def fake(
     return fp8_quantize.fake(query, out_scale)
 
 
-ATTENTION_FP8 = Op(
+ATTENTION_FP8 = gpu_op(
     name="attention_fp8",
     schema="attention_fp8(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads, "
     "float scale, bool causal, Tensor out_scale) -> Tensor",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
-    dtypes=("float32", "bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import add_layer_norm, fp8_quantize
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,14 +28,10 @@ def fake(
     return x.new_empty(x.shape), x.new_empty(x.shape), fp8_quantize.fake(x, out_scale)
 
 
-FP8_ADD_LAYER_NORM = Op(
+FP8_ADD_LAYER_NORM = gpu_op(
     name="fp8_add_layer_norm",
     schema="fp8_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor out_scale) -> "
     "(Tensor normalized, Tensor sum, Tensor quantized)",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
-    dtypes=("float32", "bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )

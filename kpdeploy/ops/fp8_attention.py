@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kpdeploy.ops import attention, fp8_quantize
 from kpdeploy.ops.fp8_attention_operands import KEYS, in_order
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,14 +62,11 @@ def fake(
     return query8.new_empty((batch, queries, heads * size), dtype=dtype)
 
 
-FP8_ATTENTION = Op(
+FP8_ATTENTION = gpu_op(
     name="fp8_attention",
     schema="fp8_attention(Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale, "
     "Tensor? lengths, Tensor? out_scale, float scale, bool causal) -> Tensor",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
     dtypes=("float8_e4m3fn",),
-    libraries=("libkpdeploy_torch.so",),
 )

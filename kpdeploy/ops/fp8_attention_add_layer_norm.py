@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import attention, fp8_add_layer_norm, fp8_quantize, linear_activation
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,16 +69,13 @@ def fake(
     )
 
 
-FP8_ATTENTION_ADD_LAYER_NORM = Op(
+FP8_ATTENTION_ADD_LAYER_NORM = gpu_op(
     name="fp8_attention_add_layer_norm",
     schema="fp8_attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, "
     "float scale, bool causal, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor residual, "
     "Tensor norm_weight, Tensor? norm_bias, float eps, Tensor out_scale) -> "
     "(Tensor normalized, Tensor sum, Tensor quantized)",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
     dtypes=("bfloat16",),
-    libraries=("libkpdeploy_torch.so",),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops.fp8_quantize import LARGEST
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,14 +106,11 @@ def fake(
     )
 
 
-FP8_ATTENTION_OPERANDS = Op(
+FP8_ATTENTION_OPERANDS = gpu_op(
     name="fp8_attention_operands",
     schema="fp8_attention_operands(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, int kv_heads) "
     "-> (Tensor query8, Tensor key8, Tensor value8, Tensor query_scale, Tensor block_scale)",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
     dtypes=("bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )

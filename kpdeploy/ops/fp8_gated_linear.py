@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import fp8_quantize, gated_linear
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,14 +48,11 @@ def fake(
     return x.new_empty((*x.shape[:-1], up_weight.shape[0]), dtype=dtype)
 
 
-FP8_GATED_LINEAR = Op(
+FP8_GATED_LINEAR = gpu_op(
     name="fp8_gated_linear",
     schema="fp8_gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor x_scale, Tensor gate_scale, "
     "Tensor up_scale, Tensor? out_scale) -> Tensor",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
     dtypes=("float8_e4m3fn",),
-    libraries=("libkpdeploy_torch.so",),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import fp8_quantize, linear_activation
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,14 +52,11 @@ def fake(
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-FP8_LINEAR_ACTIVATION = Op(
+FP8_LINEAR_ACTIVATION = gpu_op(
     name="fp8_linear_activation",
     schema="fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, "
     "Tensor? out_scale, str activation) -> Tensor",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
     dtypes=("float8_e4m3fn",),
-    libraries=("libkpdeploy_torch.so",),
 )

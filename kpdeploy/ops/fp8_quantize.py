@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,13 +26,9 @@ def fake(x: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
 
 
-FP8_QUANTIZE = Op(
+FP8_QUANTIZE = gpu_op(
     name="fp8_quantize",
     schema="fp8_quantize(Tensor x, Tensor scale) -> Tensor",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
-    dtypes=("float32", "bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import fp8_quantize, rms_norm
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,14 +21,10 @@ def fake(x: Tensor, weight: Tensor, eps: float, out_scale: Tensor) -> tuple[Tens
     return x.new_empty(x.shape), fp8_quantize.fake(x, out_scale)
 
 
-FP8_RMS_NORM = Op(
+FP8_RMS_NORM = gpu_op(
     name="fp8_rms_norm",
     schema="fp8_rms_norm(Tensor x, Tensor weight, float eps, Tensor out_scale) -> "
     "(Tensor normalized, Tensor quantized)",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
-    dtypes=("float32", "bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )

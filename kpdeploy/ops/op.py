@@ -65,3 +65,25 @@ class Op:
     def results(self) -> int:
         """How many tensors it gives."""
         return self.schema.partition("->")[2].count("Tensor")
+
+
+def gpu_op(
+    *,
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"),
+) -> Op:
+    """An op of programs for GPUs alone: torch runs them, and ONNX has no form of it."""
+    library = ("libkpdeploy_torch.so",)
+    return Op(
+        name=name,
+        schema=schema,
+        onnx="",
+        reference=reference,
+        fake=fake,
+        onnx_body="",
+        dtypes=dtypes,
+        libraries=library,
+    )

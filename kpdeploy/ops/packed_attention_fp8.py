@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kpdeploy.ops import fp8_quantize, packed_attention
-from kpdeploy.ops.op import Op
+from kpdeploy.ops.op import gpu_op
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,14 +44,10 @@ def fake(
     return fp8_quantize.fake(query, out_scale)
 
 
-PACKED_ATTENTION_FP8 = Op(
+PACKED_ATTENTION_FP8 = gpu_op(
     name="packed_attention_fp8",
     schema="packed_attention_fp8(Tensor query, Tensor key, Tensor value, Tensor offsets, int heads, int kv_heads, "
     "float scale, bool causal, Tensor out_scale) -> Tensor",
-    onnx="",
     reference=reference,
     fake=fake,
-    onnx_body="",
-    dtypes=("float32", "bfloat16", "float16"),
-    libraries=("libkpdeploy_torch.so",),
 )
