@@ -626,6 +626,17 @@ def test_attention_with_its_output_and_norm_gives_the_reference(
         assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", dtype, "")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [1, 19])
+def test_attention_with_its_output_of_fewer_queries_than_keys_gives_the_reference(
+    queries: int, causal: bool, hopper: None
+) -> None:
+    op = GPU_OPS["attention_add_layer_norm"]
+    (q, k, v, *rest), (w, bias, r, weight, shift) = _attended((3, 61, 4), torch.bfloat16)
+    arguments = (q[:, :queries], k, v, *rest, causal, w, bias, r[:, :queries], weight, shift, 1e-5)
+    assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", "bfloat16", "")
+
+
 @pytest.mark.parametrize("each", [False, True], ids=["one scale", "row scales"])
 @pytest.mark.parametrize("shape", ATTENDED, ids=str)
 def test_attention_with_its_output_in_8_bits_and_norm_gives_the_reference(
