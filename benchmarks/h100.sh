@@ -41,6 +41,7 @@ bench rotary_embedding rotary_embedding
 bench attention_fp8 attention_fp8
 bench hopper_linear hopper_linear
 bench gpu_models gpu_models
+bench gpu_memory gpu_memory
 part served
 if "$python" -c 'import onnxruntime as o, sys; sys.exit("CUDAExecutionProvider" not in o.get_available_providers())'; then
     part "$python" benchmarks/gpu_onnx.py write "$work/onnx"
