@@ -87,11 +87,14 @@ VIEWS = (aten.slice.Tensor, aten.split_with_sizes.default)
 
 def _line_up(module: GraphModule) -> None:
     """Columns of a joined product that are appended to a cache are copied out of it first: torch.cat goes element by
-    element where one of its parts has gaps, and the cache is the larger part."""
-    for node in list(calls(module.graph, aten.cat.default)):
+    element where one of its parts has gaps, and the cache is the larger part. Among results alone a copy is only one
+    kernel more."""
+    for node in calls(module.graph, aten.cat.default):
+        if not any(part.op in ("get_attr", "placeholder") for part in node.all_input_nodes):
+            continue
         for part in node.all_input_nodes:
             maker = part.args[0] if part.target is operator.getitem else part
-            if is_call(maker, *VIEWS) and len(node.all_input_nodes) > 1:
+            if is_call(maker, *VIEWS):
                 node.replace_input_with(part, insert(node, aten.contiguous.default, (part,), part))
     sweep(module)
 
