@@ -17,21 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu_models import MODELS, fused_of
+from gpu_models import MODELS, fused_of, model_of
 
 from kpdeploy import __version__
 from kpdeploy.artifact import Artifact, Comparison, Latency, Verdict
 from kpdeploy.errors import MemoryExceeded
 from kpdeploy.export import cuda
-from kpdeploy.export.capture import settle_axes
 from kpdeploy.hardware import environment
-from kpdeploy.load import Request
-from kpdeploy.load.factory import from_module
 from kpdeploy.load.flat import Flat
 from kpdeploy.memory import MemoryPlan
 from kpdeploy.ops import register
 from kpdeploy.ops.libraries import TORCH, find
 from kpdeploy.optimize.lowered import lowered
+from kpdeploy.pipeline import graph_memory
 from kpdeploy.pipeline.candidates import Candidate
 from kpdeploy.pipeline.ladders import ladders
 from kpdeploy.pipeline.memory import check_fits, plan_memory
@@ -43,10 +41,7 @@ THINNED = 3
 
 def artifact_of(folder: Path) -> tuple[Artifact, Signature]:
     register()
-    factory, texts = MODELS["bert"]
-    request = Request(inputs=texts, example=None, task=None, name="bert", max_batch=32)
-    model = settle_axes(from_module(factory().eval(), None, request, name="bert", source={}), stated=True)
-    capture = fused_of(model, folder)
+    capture = fused_of(model_of("bert", MODELS["bert"][0]().eval()), folder)
     made = lowered(capture.program, bits="float16", dropped=True, device="cuda", samples=[], budget=1.0)
     files = folder / "files"
     files.mkdir()
@@ -54,7 +49,7 @@ def artifact_of(folder: Path) -> tuple[Artifact, Signature]:
     cuda.export(capture, files, form, module=Flat(made.module, None), constant=made.constant)
     described = json.loads((files / cuda.GRAPHS).read_text())
     described["buckets"] = list(ladders(described["buckets"], described["padded"]))[THINNED]
-    (files / cuda.GRAPHS).write_text(json.dumps(described))
+    graph_memory.write(described, files)
     shutil.copyfile(str(find(TORCH)), files / TORCH)
     names = tuple(spec.name for spec in capture.signature.inputs)
     outputs = tuple(spec.name for spec in capture.signature.outputs)

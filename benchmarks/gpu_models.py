@@ -40,6 +40,7 @@ from kpdeploy.inputs import sample
 from kpdeploy.load import Request
 from kpdeploy.load.factory import from_module
 from kpdeploy.load.flat import Flat
+from kpdeploy.model import Model
 from kpdeploy.ops import register
 from kpdeploy.ops.libraries import TORCH, find
 from kpdeploy.optimize import fuse
@@ -276,7 +277,13 @@ def floor_us(module: torch.nn.Module, work: Work, top: Mapping[str, float]) -> f
     return max(operations / top["bf16_tflops"] / 1e6, held / top["copy_gbs"] / 1e3)
 
 
-def fused_of(model: Any, folder: Path) -> Capture:
+def model_of(name: str, module: torch.nn.Module) -> Model:
+    """One of MODELS, with the axes that its row states."""
+    request = Request(inputs=MODELS[name][1], example=None, task=None, name=name, max_batch=32)
+    return settle_axes(from_module(module, None, request, name=name, source={}), stated=True)
+
+
+def fused_of(model: Model, folder: Path) -> Capture:
     fused = fuse(model)
     print("  ", "; ".join(d.what for d in fused.decisions if isinstance(d, Applied)), flush=True)
     again = replace(model, kind="module", module=Flat(fused.module, None), program=None, decisions=())
@@ -364,12 +371,10 @@ def row_of(
 
 
 def measured(name: str, options: argparse.Namespace, top: Mapping[str, float]) -> Iterator[dict[str, Any]]:
-    factory, texts = MODELS[name]
     works = [work for work in WORKS if work.model == name]
     torch.manual_seed(0)
-    module = factory().eval()
-    request = Request(inputs=texts, example=None, task=None, name=name, max_batch=32)
-    model = settle_axes(from_module(module, None, request, name=name, source={}), stated=True)
+    module = MODELS[name][0]().eval()
+    model = model_of(name, module)
     rng = np.random.default_rng()
     few = {a.name: min(a.max, 4 if a.name == "batch" else 128) for a in model.signature.axes}
     samples = [sample(model.signature, few, rng) for _ in range(4)]

@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from kpdeploy.decision import Applied, Skipped  # noqa: E402
 from kpdeploy.ops import GPU_OPS, OPS, calls, register  # noqa: E402
 from kpdeploy.ops.libraries import TORCH, find  # noqa: E402
+from kpdeploy.optimize.fp8 import weight_scales  # noqa: E402
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -282,7 +283,7 @@ FP8_GATED = ((1, 2048, 8192), (16, 2048, 8192), (32, 2048, 8192), (128, 2048, 81
 
 def in_8_bits(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight by rows, and what 1 stands for in each."""
-    scale = w.float().abs().amax(1) / 448
+    scale = weight_scales(w)
     return (w.float() / scale[:, None]).to(F8), scale
 
 

@@ -11,12 +11,9 @@ from torch.fx import GraphModule, Node
 
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.optimize.graph import argument, aten, calls, insert, is_call, name_of, same_size, shape, sweep
+from kpdeploy.optimize.pack import HEAVY
 
-ROWS = {
-    "aten::add": 2, "aten::mul": 2, "aten::to": 1, "aten::linear": 1, f"{NAMESPACE}::attention": 1,
-    **{f"{NAMESPACE}::{name}": 1 for name in ("linear_activation", "gated_linear", "layer_norm", "rms_norm")},
-    **{f"{NAMESPACE}::{name}": 2 for name in ("add_layer_norm", "add_rms_norm")},
-}  # fmt: skip
+ROWS = {**HEAVY, "aten::add": 2, "aten::mul": 2, "aten::to": 1, f"{NAMESPACE}::attention": 1}
 """Operators that give each row of [B, S, N] apart, and how many of their first arguments have these rows."""
 
 FIRST, LAST = (0, 1), (-1, 2**63 - 1)
