@@ -81,7 +81,9 @@ def _wide(call: Node) -> list[bool]:
 
 
 def _only_wide(value: Node, call: Node) -> bool:
-    return all(wide for argument, wide in zip(call.args, _wide(call), strict=True) if argument is value)
+    """A call that takes the value in a list wants it as it wants the list."""
+    taken = [wide for argument, wide in zip(call.args, _wide(call), strict=True) if argument is value]
+    return bool(taken) and all(taken)
 
 
 def _is_kernel(node: Any) -> bool:

@@ -360,6 +360,8 @@ def test_a_cache_is_not_copied_but_to_append_to_it(tmp_path: Path) -> None:
     caches = [node for node in made.graph.nodes if node.target is torch.ops.aten.cat.default and node.args[1] == 1]
     assert len(caches) == 4  # keys and values of two layers
     assert all(node.args[0][0].op == "get_attr" for node in caches)
+    held = {str(node.args[0][0].target) for node in caches}
+    assert {b.dtype for name, b in made.named_buffers() if name in held} == {torch.bfloat16}
     assert all(node.args[0][1].target is torch.ops.aten.contiguous.default for node in caches)  # columns of a product
     assert not any("keys" in name for name, _ in made.named_buffers())
     inputs = sample(step.signature, {}, np.random.default_rng())
