@@ -103,7 +103,7 @@ Handle handle_of(int device) {
 }
 
 // All that the choice of an algorithm depends on.
-using Key = std::array<int64_t, 10>;
+using Key = std::array<int64_t, 12>;
 
 struct Choice {
   bool found;
@@ -130,14 +130,20 @@ bool cublaslt_linear(const CudaLinear& a, int dtype, int device, void* stream) {
   if (!handle) return false;
 
   const int type = type_of(dtype), out_type = scaled ? static_cast<int>(kBF16) : type;
-  const int64_t x_stride = a.x.dims ? a.x.strides[0] : a.k, out_stride = a.out.dims ? a.out.strides[0] : a.n;
-  if (x_stride < a.k || out_stride < a.n || a.weight.stride < a.k) return false;  // rows that share memory
+  const auto stride_of = [](const Walk& walk, int64_t columns) { return walk.dims ? walk.strides[0] : columns; };
+  // What is added is the residual, or nothing: the product itself, times 0.
+  const bool adds = a.residual.data != nullptr;
+  const Walk& with = adds ? a.residual : a.out;
+  const int64_t x_stride = stride_of(a.x, a.k), out_stride = stride_of(a.out, a.n), with_stride = stride_of(with, a.n);
+  // Rows that share memory.
+  if (with.dims > 1 || x_stride < a.k || out_stride < a.n || with_stride < a.n || a.weight.stride < a.k) return false;
   const int epilogue = (a.activation == KPDEPLOY_RELU        ? kEpilogueRelu
                         : a.activation == KPDEPLOY_GELU_TANH ? kEpilogueGelu
                                                              : 0) |
                        (a.bias ? kEpilogueBias : 0);
   // In its terms, columns first: out [n][rows] = weight^T [k][n] times x [k][rows].
-  Owned description(lt.forget_description), weight(lt.forget_layout), x(lt.forget_layout), out(lt.forget_layout);
+  Owned description(lt.forget_description), weight(lt.forget_layout), x(lt.forget_layout), out(lt.forget_layout),
+      added(lt.forget_layout);
   const auto set = [&](int attribute, auto value) {
     return lt.set(description.made, attribute, &value, sizeof value) == 0;
   };
@@ -145,7 +151,8 @@ bool cublaslt_linear(const CudaLinear& a, int dtype, int device, void* stream) {
   bool fits = lt.describe(&description.made, kCompute32F, kF32) == 0 &&
               lt.lay_out(&weight.made, type, a.k, a.n, a.weight.stride) == 0 &&
               lt.lay_out(&x.made, type, a.k, a.rows, x_stride) == 0 &&
-              lt.lay_out(&out.made, out_type, a.n, a.rows, out_stride) == 0 && set(kTransA, transposed) &&
+              lt.lay_out(&out.made, out_type, a.n, a.rows, out_stride) == 0 &&
+              lt.lay_out(&added.made, out_type, a.n, a.rows, with_stride) == 0 && set(kTransA, transposed) &&
               set(kEpilogue, chosen);
   if (a.bias) fits = fits && set(kBias, a.bias) && set(kBiasType, int32_t{out_type});
   if (scaled) {
@@ -158,7 +165,8 @@ bool cublaslt_linear(const CudaLinear& a, int dtype, int device, void* stream) {
 
   const Key key = {device, dtype | chosen << 8 | (a.bias ? 1 << 20 : 0) | (scaled && a.x_scale_rows ? 1 << 21 : 0),
                    a.rows, a.n, a.k, x_stride, a.weight.stride, out_stride,
-                   alignment_of(a.x.data) << 10 | alignment_of(a.weight.data), alignment_of(a.out.data)};
+                   alignment_of(a.x.data) << 10 | alignment_of(a.weight.data), alignment_of(a.out.data),
+                   adds ? with_stride : -1, alignment_of(with.data)};
   static std::mutex mutex;
   static std::map<Key, Choice> choices;
   Choice choice{};
@@ -176,15 +184,15 @@ bool cublaslt_linear(const CudaLinear& a, int dtype, int device, void* stream) {
       const bool asked =
           lt.prefer(&preference.made) == 0 &&
           lt.set_preference(preference.made, kMostWorkspace, &none, sizeof none) == 0 &&
-          lt.choose(handle, description.made, weight.made, x.made, out.made, out.made, preference.made, 1, &best, &count) == 0;
+          lt.choose(handle, description.made, weight.made, x.made, added.made, out.made, preference.made, 1, &best, &count) == 0;
       choice = {asked && count > 0 && best.state == 0, best.algorithm};
       choices.emplace(key, choice);
     }
   }
   if (!choice.found) return false;
-  const float one = 1, zero = 0;
-  const int status = lt.multiply(handle, description.made, &one, a.weight.data, weight.made, a.x.data, x.made, &zero,
-                                 a.out.data, out.made, a.out.data, out.made, &choice.algorithm, nullptr, 0, stream);
+  const float one = 1, times = adds ? 1 : 0;
+  const int status = lt.multiply(handle, description.made, &one, a.weight.data, weight.made, a.x.data, x.made, &times,
+                                 with.data, added.made, a.out.data, out.made, &choice.algorithm, nullptr, 0, stream);
   if (status != 0)
     throw Refusal{KPDEPLOY_DEVICE_ERROR, "cuBLASLt: status " + std::to_string(status) + " for a product"};
   return true;

@@ -48,6 +48,7 @@ struct CudaLinear {
   Walk x, out;
   CudaMatrix weight, gate;
   const void* bias;  // null: none
+  Walk residual;     // of the result's dtype, added to it where there is no activation; data null: none
   int64_t rows, n, k;
   int activation;
   bool gated;

@@ -14,9 +14,11 @@ constexpr int kShared = 227 << 10;
 template <class T>
 constexpr bool kIsF8 = std::is_same_v<T, f8>;
 
-// What becomes of a sum: scaled (8-bit x and weight only), biased, activated, scaled for an 8-bit out.
+// What becomes of a sum: scaled (8-bit x and weight only), biased, activated or added to a residual, scaled for an 8-bit
+// out.
 struct Finish {
-  const void* bias;
+  const void *bias, *residual;  // null: none
+  int64_t residual_stride;
   const float *x_scale, *weight_scale, *gate_scale, *out_scale;
   int x_scale_step, weight_scale_step, gate_scale_step;  // 0: one for all
   // v / (1 + 2^(v (c0 + c1 v^2 + ...))), or v / 2 (1 + tanh(v (half0 + half1 v^2 + ...))), v^2 up to `most` in the
@@ -28,6 +30,8 @@ struct Finish {
 inline Finish finish_of(const CudaLinear& a) {
   Finish f{};
   f.bias = a.bias;
+  f.residual = a.residual.data;
+  f.residual_stride = a.residual.dims ? a.residual.strides[0] : 0;
   f.x_scale = a.x_scale;
   f.weight_scale = a.weight_scale;
   f.out_scale = a.out_scale;

@@ -43,7 +43,7 @@ struct Tile {
   static constexpr int kVectors = kOut * (kIsF8<T> ? 2 : 1);  // floats of a warpgroup: bias, scales of the weight
   // What a warp stores at once: rows of whole lines, of which there is a whole number in a tile.
   static constexpr int kOutLine = kOut * int{sizeof(Out)} % kLine ? kLine / 2 : kLine;
-  static constexpr int kPatch = 16 * kLine;
+  static constexpr int kPatch = 16 * kLine, kLines = kOut * int{sizeof(Out)} / kOutLine;
   static constexpr int kRoom = kShared - kGroups * kVectors * 4 - 256;
   static constexpr int kPatches = kRoom >= 4 * kStage + 2 * kConsumers * kPatch ? 2 : 1;
   static constexpr int kFit = (kRoom - kPatches * kConsumers * kPatch) / kStage, kStages = kFit < 8 ? kFit : 8;
@@ -60,17 +60,52 @@ __device__ inline int2 corner_of(const Grid& g, int tile, int columns) {
   return {down * kTileRows, within / height * columns};
 }
 
-// Part `part` of a tile, 32 columns of a warp's 16 rows, which start at `at`: pair(block, half) gives two neighbours in a
-// row as `Out`. Lines are gathered in shared memory; whole ones go out.
-template <class S, class Out, class Pair>
-__device__ inline void put(int part, const CUtensorMap& out, uint32_t patches, int2 at, const Pair& pair) {
-  constexpr int kWide = S::kOutLine, kParts = kWide / (32 * int{sizeof(Out)});  // of a line
-  const int lane = threadIdx.x % 32, line = part / kParts, in_line = part % kParts;
-  const uint32_t patch = patches + line % S::kPatches * S::kPatch;
-  if (in_line == 0) {
-    if (lane == 0) wait_boxes_read<S::kPatches - 1>();
+// The patches of a warp, which its lines of 16 rows leave from in turns. With kAdd each line of the residual is asked for
+// while the line ahead is at work, and comes into the patch that its sums then leave from.
+template <class S, class Out, bool kAdd>
+struct Lines {
+  static_assert(!kAdd || (S::kPatches == 2 && S::kOutLine == kLine));
+  const CUtensorMap &out, &residual;
+  uint32_t patches, barriers;  // of the residual's lines, one a patch
+  int gone = 0;                // of the tiles before
+
+  __device__ int turn(int line) const { return kAdd || S::kLines % 2 ? gone + line : line; }
+  __device__ uint32_t patch(int line) const { return patches + turn(line) % S::kPatches * S::kPatch; }
+  __device__ int column(int line, int2 at) const { return at.y + line * S::kOutLine / int{sizeof(Out)}; }
+  // By one thread, after the line before the last was committed.
+  __device__ void ask(int line, int2 at) const {
+    const uint32_t barrier = barriers + turn(line) % 2 * 8;
+    wait_boxes_read<0>();
+    arrive_expecting(barrier, S::kPatch);
+    copy_box(patch(line), residual, column(line, at), at.x, barrier);
+  }
+  __device__ void begin(int line, int2 at) const {
+    if constexpr (kAdd) {
+      if (threadIdx.x % 32 == 0 && line + 1 < S::kLines) ask(line + 1, at);
+      wait_for(barriers + turn(line) % 2 * 8, turn(line) / 2 % 2);
+    } else if (threadIdx.x % 32 == 0) {
+      wait_boxes_read<S::kPatches - 1>();
+    }
     __syncwarp();
   }
+  __device__ void end(int line, int2 at) const {
+    fence_stores();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      store_box(out, patch(line), column(line, at), at.x);
+      commit_boxes();
+    }
+  }
+};
+
+// Part `part` of a tile, 32 columns of a warp's 16 rows, which start at `at`: pair(block, half, with) gives two neighbours
+// in a row as `Out`, `with` being those of the residual. Lines are gathered in shared memory; whole ones go out.
+template <class S, class Out, bool kAdd, class Pair>
+__device__ inline void put(int part, const Lines<S, Out, kAdd>& lines, int2 at, const Pair& pair) {
+  constexpr int kWide = S::kOutLine, kParts = kWide / (32 * int{sizeof(Out)});  // of a line
+  const int lane = threadIdx.x % 32, line = part / kParts, in_line = part % kParts;
+  const uint32_t patch = lines.patch(line);
+  if (in_line == 0) lines.begin(line, at);
   // Where 16 bytes of a row go, as the copy engine swizzles lines of 128 and of 64 bytes.
   const auto at_chunk = [&](int row, int chunk) {
     return patch + row * kWide + (chunk ^ (kWide == 128 ? row % 8 : row / 2 % 4)) * 16;
@@ -83,28 +118,26 @@ __device__ inline void put(int part, const CUtensorMap& out, uint32_t patches, i
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i % 2 * 8, chunk = in_line * 2 + j / 2;  // 16 columns in 16 bytes
         const uint32_t to = at_chunk(row, chunk) + i / 2 * 8 + lane % 4 * 2;
-        asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(to), "h"(static_cast<uint16_t>(pair(block + i / 2, i % 2)))
+        asm volatile("st.shared.b16 [%0], %1;\n" ::"r"(to), "h"(static_cast<uint16_t>(pair(block + i / 2, i % 2, 0u)))
                      : "memory");
       }
     } else {
       const int row = lane % 16, chunk = in_line * 4 + j + lane / 16;
-      const uint32_t a = pair(block, 0), b = pair(block, 1), c = pair(block + 1, 0), d = pair(block + 1, 1);
+      uint32_t with[4] = {};
+      if constexpr (kAdd) load_matrices(with, at_chunk(row, chunk));
+      const uint32_t a = pair(block, 0, with[0]), b = pair(block, 1, with[1]), c = pair(block + 1, 0, with[2]),
+                     d = pair(block + 1, 1, with[3]);
       store_matrices(at_chunk(row, chunk), a, b, c, d);
     }
   }
-  if (in_line + 1 < kParts) return;
-  fence_stores();
-  __syncwarp();
-  if (lane == 0) {
-    store_box(out, patch, at.y + line * kWide / int{sizeof(Out)}, at.x);
-    commit_boxes();
-  }
+  if (in_line + 1 == kParts) lines.end(line, at);
 }
 
-template <class T, class Out, int kColumns, bool kGated>
+// `other`: the gate's weight, or with kAdd the residual.
+template <class T, class Out, int kColumns, bool kGated, bool kAdd>
 __global__ void __launch_bounds__(kThreads, 1)
     multiply_tiles(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight,
-                   const __grid_constant__ CUtensorMap gate, const __grid_constant__ CUtensorMap out,
+                   const __grid_constant__ CUtensorMap other, const __grid_constant__ CUtensorMap out,
                    const __grid_constant__ Finish f, const __grid_constant__ Grid g) {
   using S = Tile<T, Out, kColumns, kGated>;
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -112,6 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t after = patches + S::kPatches * kConsumers * S::kPatch;
   float* const vectors = reinterpret_cast<float*>(memory + (after - stages));
   const uint32_t full = after + kGroups * S::kVectors * 4, empty = full + 8 * S::kStages;
+  const uint32_t asked = empty + 8 * S::kStages;  // with kAdd two for each warp
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {
@@ -119,11 +153,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(full + 8 * i, 1);
       barrier_init(empty + 8 * i, kConsumers);
     }
+    if (kAdd)
+      for (int i = 0; i < kConsumers * 2; ++i) barrier_init(asked + 8 * i, 1);
     barriers_ready();
   }
   if (threadIdx.x == kConsumers * 32) {
     prefetch_map(x);
     prefetch_map(weight);
+    if (kAdd) prefetch_map(other);
   }
   __syncthreads();
   wait_for_earlier_kernels();
@@ -149,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           arrive_expecting(barrier, S::kStage);
           const uint32_t weights = to + kTileRows * kLine;
           copy_box(to, x, column, at.x, barrier);
-          copy_box(weights, kGated ? gate : weight, column, at.y, barrier);
+          copy_box(weights, kGated ? other : weight, column, at.y, barrier);
           if (kGated) copy_box(weights + S::kBox * kLine, weight, column, at.y, barrier);
         }
       }
@@ -157,7 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     registers_up<232>();
     const int group = warp / 4, in_group = threadIdx.x % 128;
     float* const own = vectors + group * S::kVectors;
-    const uint32_t own_patches = patches + warp * S::kPatches * S::kPatch;
+    Lines<S, Out, kAdd> lines{out, other, patches + warp * S::kPatches * S::kPatch, asked + warp * 16};
     const auto release = [&](int which) {
       if (lane == 0) arrive(empty + 8 * which);
     };
@@ -169,8 +206,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     uint32_t held[kColumns / 4] = {};
     int2 held_at{};
     bool holds = false;
-    const auto finished = [&](float a, float b, float c, float d) {  // of a gated pair: gates, then products
-      if constexpr (kGated) {
+    // Of a gated pair: gates, then products; of one that is added to: it, then the residual's.
+    const auto finished = [&](float a, float b, float c, float d) {
+      if constexpr (kAdd) {
+        a += c;
+        b += d;
+      } else if constexpr (kGated) {
         silu<kExact<Out>>(a, b);
         a *= c;
         b *= d;
@@ -181,9 +222,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
       return packed<Out>(a * out_scale, b * out_scale);
     };
-    const auto of_held = [&](int block, int half) {
+    const auto of_held = [&](int block, int half, uint32_t with) {
       const float2 v = unpacked<Held>(held[block * 2 + half]);
-      const float2 u = kGated ? unpacked<Held>(held[(kUp + block) * 2 + half]) : v;
+      const float2 u = unpacked<Held>(kAdd ? with : held[(kUp + block) * 2 + half]);
       return finished(v.x, v.y, u.x, u.y);
     };
     for (int tile = first; tile < tiles; tile += step) {
@@ -226,9 +267,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
           if (k < g.steps) multiply();
-          put<S, Out>(part, out, own_patches, held_at, of_held);
+          put(part, lines, held_at, of_held);
         }
+        lines.gone += S::kLines;
       }
+      if (kAdd && lane == 0) lines.ask(0, {at.x + warp * 16, at.y});
       while (k < g.steps) multiply();
       wgmma_wait<0>();
       release(before);
@@ -270,10 +313,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       } else {
 #pragma unroll
         for (int part = 0; part < kParts; ++part)
-          put<S, Out>(part, out, own_patches, held_at, [&](int block, int half) {
-            const float2 v = of_sums(block, half), u = kGated ? of_sums(kUp + block, half) : v;
+          put(part, lines, held_at, [&](int block, int half, uint32_t with) {
+            const float2 v = of_sums(block, half);
+            const float2 u = kGated ? of_sums(kUp + block, half) : kAdd ? unpacked<Held>(with) : v;
             return finished(v.x, v.y, u.x, u.y);
           });
+        lines.gone += S::kLines;
       }
       group_sync(1 + group, 128);  // all have read `own`
     }
@@ -597,6 +642,11 @@ __global__ void __launch_bounds__(256) multiply_dots(const T* const x, const Cud
       a += to_float(static_cast<const BiasOf<T>*>(f.bias)[n]);
       b += to_float(static_cast<const BiasOf<T>*>(f.bias)[n + two]);
     }
+    if constexpr (!kIsF8<Out>)
+      if (f.residual) {
+        a += to_float(static_cast<const Out*>(f.residual)[n]);
+        b += to_float(static_cast<const Out*>(f.residual)[n + two]);
+      }
     if (f.smooth)
       activate<true, kExact<Out>>(f, a, b);
     else
@@ -606,7 +656,7 @@ __global__ void __launch_bounds__(256) multiply_dots(const T* const x, const Cud
   }
 }
 
-template <class T, class Out, int kColumns, bool kGated>
+template <class T, class Out, int kColumns, bool kGated, bool kAdd = false>
 void run_tiles(const CudaLinear& a, int processors, void* stream) {
   using S = Tile<T, Out, kColumns, kGated>;
   Grid g{};
@@ -617,11 +667,12 @@ void run_tiles(const CudaLinear& a, int processors, void* stream) {
   g.across = blocks_of(a.n, S::kOut);
   const CUtensorMap x = tensor_map(a.x.data, kMapType<T>, sizeof(T), a.rows, a.k, pitch_of<T>(a.x, a.k), kTileRows);
   const CUtensorMap weight = map_of<T>(a.weight, a.n, a.k, S::kBox);
-  const CUtensorMap gate = kGated ? map_of<T>(a.gate, a.n, a.k, S::kBox) : weight;
-  const CUtensorMap out = tensor_map(a.out.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(a.out, a.n), 16,
-                                     S::kOutLine);
-  launch_when(a.rows <= kEarlyRows, multiply_tiles<T, Out, kColumns, kGated>, std::min(g.down * g.across, processors), 1,
-              kThreads, S::kBytes, stream, x, weight, gate, out, finish_of(a), g);
+  const auto lines = [&](const Walk& to) {
+    return tensor_map(to.data, kMapType<Out>, sizeof(Out), a.rows, a.n, pitch_of<Out>(to, a.n), 16, S::kOutLine);
+  };
+  const CUtensorMap other = kGated ? map_of<T>(a.gate, a.n, a.k, S::kBox) : kAdd ? lines(a.residual) : weight;
+  launch_when(a.rows <= kEarlyRows, multiply_tiles<T, Out, kColumns, kGated, kAdd>, std::min(g.down * g.across, processors),
+              1, kThreads, S::kBytes, stream, x, weight, other, lines(a.out), finish_of(a), g);
 }
 
 template <class T, class Out, int kRows, int kMost>
@@ -681,9 +732,12 @@ template <class T, class Out>
 bool fits(const CudaLinear& a) {
   constexpr int64_t kItem = sizeof(T), kMost = INT32_MAX - 1024;
   const auto matrix = [&](const CudaMatrix& m) { return !m.data || boxes_fit(m.data, m.stride * kItem, a.k * kItem); };
-  return a.k > 0 && a.rows < kMost && a.n < kMost && a.k < kMost && a.x.dims <= 1 && a.out.dims <= 1 &&
+  const auto rows = [&](const Walk& of) {
+    return of.dims <= 1 && boxes_fit(of.data, pitch_of<Out>(of, a.n), a.n * int64_t{sizeof(Out)});
+  };
+  return a.k > 0 && a.rows < kMost && a.n < kMost && a.k < kMost && a.x.dims <= 1 &&
          boxes_fit(a.x.data, pitch_of<T>(a.x, a.k), a.k * kItem) && matrix(a.weight) && matrix(a.gate) &&
-         boxes_fit(a.out.data, pitch_of<Out>(a.out, a.n), a.n * int64_t{sizeof(Out)});
+         rows(a.out) && (!a.residual.data || rows(a.residual));
 }
 
 // How long tiles of this many columns take, in columns: each wave its tile, and what is not hidden behind the next one.
@@ -692,13 +746,14 @@ int64_t cost_of(const CudaLinear& a, int columns, int processors) {
   return (tiles + processors - 1) / processors * (columns + 16) + columns / 2;
 }
 
-template <class T, class Out>
+template <class T, class Out, bool kAdd>
 void run_widest(const CudaLinear& a, int processors, void* stream) {
   const int64_t wide = cost_of(a, 256, processors), narrow = cost_of(a, 128, processors) * 5 / 4;
   const int64_t middle = cost_of(a, 192, processors) * 21 / 20;
-  if (wide <= middle && wide <= narrow) return run_tiles<T, Out, 256, false>(a, processors, stream);
-  if (middle <= narrow) return run_tiles<T, Out, 192, false>(a, processors, stream);
-  run_tiles<T, Out, 128, false>(a, processors, stream);
+  if constexpr (!kAdd || Tile<T, Out, 256, false>::kPatches == 2)  // else no patch for the next line of the residual
+    if (wide <= middle && wide <= narrow) return run_tiles<T, Out, 256, false, kAdd>(a, processors, stream);
+  if (middle <= narrow) return run_tiles<T, Out, 192, false, kAdd>(a, processors, stream);
+  run_tiles<T, Out, 128, false, kAdd>(a, processors, stream);
 }
 
 template <class T, class Out>
@@ -718,10 +773,13 @@ void run_gated(const CudaLinear& a, int processors, void* stream) {
 template <class T, class Out>
 bool hopper_linear_as(const CudaLinear& a, int processors, void* stream) {
   if (!fits<T, Out>(a)) return false;
-  if (a.gated)
+  if (a.gated) {
     run_gated<T, Out>(a, processors, stream);
-  else if (!(a.rows == 1 && run_dots<T, Out, false>(a, stream)) && !hopper_shares<T, Out>(a, processors, stream))
-    run_widest<T, Out>(a, processors, stream);
+  } else if (!(a.rows == 1 && run_dots<T, Out, false>(a, stream)) && !hopper_shares<T, Out>(a, processors, stream)) {
+    if constexpr (!kIsF8<Out>)
+      if (a.residual.data) return run_widest<T, Out, true>(a, processors, stream), true;
+    run_widest<T, Out, false>(a, processors, stream);
+  }
   return true;
 }
 

@@ -31,6 +31,14 @@ struct Shares {
   bool constant;    // no kernel under way writes the weight
 };
 
+// Two neighbours of the residual; what is not there is 0.
+template <class Out>
+__device__ inline uint32_t residual_at(const Finish& f, const Grid& g, int row, int column) {
+  const Out* const from = static_cast<const Out*>(f.residual) + row * f.residual_stride + column;
+  if (row >= g.rows || column >= g.columns) return 0;
+  return column + 1 < g.columns ? *reinterpret_cast<const uint32_t*>(from) : *reinterpret_cast<const uint16_t*>(from);
+}
+
 template <class T, class Out, int kGroups, int kColumns>
 __global__ void __launch_bounds__(Share<kGroups, kColumns>::kThreads, 2)
     multiply_shares(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap weight, Out* const out,
@@ -113,6 +121,17 @@ __global__ void __launch_bounds__(Share<kGroups, kColumns>::kThreads, 2)
     for (int i = 0; i < 2; ++i)
       row_scales[i] = f.x_scale[min(own_row + lane / 4 + i * 8, g.rows - 1) * f.x_scale_step];
   const float out_scale = kIsF8<Out> ? 1 / *f.out_scale : 1;
+  // Asked for now, added when the sums are there: as `pairs` below, of the parts that this block finishes.
+  uint32_t added[S::kParts][4] = {};
+  if constexpr (!kIsF8<Out>)
+    if (f.residual) {
+#pragma unroll
+      for (int p = 0; p < S::kParts; ++p)
+        if (p / per == rank)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            added[p][i] = residual_at<Out>(f, g, own_row + lane / 4 + i % 2 * 8, column + p * kPart + i / 2 * 8 + lane % 4 * 2);
+    }
 
   float sums[kColumns / 2] = {};
   int before = 0;
@@ -185,6 +204,11 @@ __global__ void __launch_bounds__(Share<kGroups, kColumns>::kThreads, 2)
         }
         a += vector[0];
         b += vector[1];
+        if constexpr (!kIsF8<Out>) {
+          const float2 with = unpacked<Out>(added[p][i]);
+          a += with.x;
+          b += with.y;
+        }
         if (f.smooth)
           activate<true, kExact<Out>>(f, a, b);
         else

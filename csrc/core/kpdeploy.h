@@ -143,6 +143,15 @@ int kpdeploy_fp8_linear_activation(const kpdeploy_context* context, const kpdepl
                                    const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
                                    const kpdeploy_tensor* out_scale, int activation, const kpdeploy_tensor* out);
 
+/* x W^T + bias + residual, the last of out's sizes and dtype, added before the rounding; on a GPU only. */
+int kpdeploy_linear_add(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                        const kpdeploy_tensor* bias, const kpdeploy_tensor* residual, const kpdeploy_tensor* out);
+
+/* The same of 8-bit x and weight, each times its scale, as in fp8_linear_activation; residual and out are bfloat16. */
+int kpdeploy_fp8_linear_add(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                            const kpdeploy_tensor* x_scale, const kpdeploy_tensor* weight_scale,
+                            const kpdeploy_tensor* bias, const kpdeploy_tensor* residual, const kpdeploy_tensor* out);
+
 /* SiLU(x Wg^T) * (x Wu^T) of 8-bit x and weights, with the scales of each and what out may be as above. */
 int kpdeploy_fp8_gated_linear(const kpdeploy_context* context, const kpdeploy_tensor* x,
                               const kpdeploy_tensor* gate_weight, const kpdeploy_tensor* up_weight,

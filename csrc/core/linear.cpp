@@ -41,6 +41,7 @@ struct Linear {
   Weight weight, gate;  // gate.n < 0: none
   const void* bias;
   int activation;
+  const Tensor* residual;  // null: none; on a GPU alone
 };
 
 Tensor weight_of(const char* name, const kpdeploy_tensor* weight, const Tensor& x) {
@@ -199,6 +200,7 @@ void multiply_on_gpu(const kpdeploy_context* context, const Linear& l) {
   c.weight = matrix(l.weight);
   c.gate = matrix(l.gate);
   c.bias = l.bias;
+  if (l.residual) c.residual = Rows(*l.residual).walk();
   c.rows = out.count();
   c.n = l.weight.n;
   c.k = l.weight.k;
@@ -271,6 +273,37 @@ Fp8Linear fp8_linear_of(const char* weight_name, const kpdeploy_tensor* x, const
   return {a, w, o, c};
 }
 
+// A bias of 8-bit x and weight.
+const void* fp8_bias_of(const kpdeploy_tensor* bias, const Fp8Linear& l) {
+  if (!bias) return nullptr;
+  const Tensor b = gpu_tensor("bias", bias, KPDEPLOY_BF16, 1, &l.x);
+  if (b.rank != 1 || b.size(0) != l.asked.n)
+    refuse("bias is %s; [%lld] fits weight", b.shape().c_str(), (long long)l.asked.n);
+  return b.data;
+}
+
+// linear_activation, or linear_add where there is a residual.
+void linear(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+            const kpdeploy_tensor* bias, int activation, const kpdeploy_tensor* residual, const kpdeploy_tensor* out) {
+  check_activation(activation);
+  Linear l{};
+  l.x = floats("x", x, 1);
+  const Tensor w = weight_of("weight", weight, l.x);
+  l.out = out_of(out, l.x, w.size(0));
+  l.weight = {w.size(0), w.size(1), &w, nullptr};
+  l.gate = kNoWeight;
+  l.bias = vector_of("bias", bias, w.size(0), w);
+  l.activation = activation;
+  Tensor added{};
+  if (residual) {
+    if (!l.x.on_gpu()) refuse_unsupported("x is on the CPU, and this op has kernels for GPUs");
+    added = floats_like("residual", residual, 1, l.x);
+    same_sizes(added, l.out);
+    l.residual = &added;
+  }
+  multiply(context, l);
+}
+
 }  // namespace
 }  // namespace kpdeploy
 
@@ -281,17 +314,28 @@ bool kpdeploy::weights_are_constant() { return constant_weights; }
 int kpdeploy_linear_activation(const kpdeploy_context* context, const kpdeploy_tensor* x,
                                const kpdeploy_tensor* weight, const kpdeploy_tensor* bias, int activation,
                                const kpdeploy_tensor* out) {
-  return guarded(context, "linear_activation", [&] {
-    check_activation(activation);
-    Linear l{};
-    l.x = floats("x", x, 1);
-    const Tensor w = weight_of("weight", weight, l.x);
-    l.out = out_of(out, l.x, w.size(0));
-    l.weight = {w.size(0), w.size(1), &w, nullptr};
-    l.gate = kNoWeight;
-    l.bias = vector_of("bias", bias, w.size(0), w);
-    l.activation = activation;
-    multiply(context, l);
+  return guarded(context, "linear_activation", [&] { linear(context, x, weight, bias, activation, nullptr, out); });
+}
+
+int kpdeploy_linear_add(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                        const kpdeploy_tensor* bias, const kpdeploy_tensor* residual, const kpdeploy_tensor* out) {
+  return guarded(context, "linear_add", [&] {
+    if (!residual) refuse("residual is missing");
+    linear(context, x, weight, bias, KPDEPLOY_NONE, residual, out);
+  });
+}
+
+int kpdeploy_fp8_linear_add(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
+                            const kpdeploy_tensor* x_scale, const kpdeploy_tensor* weight_scale,
+                            const kpdeploy_tensor* bias, const kpdeploy_tensor* residual, const kpdeploy_tensor* out) {
+  return guarded(context, "fp8_linear_add", [&] {
+    const Fp8Linear l = fp8_linear_of("weight", x, weight, x_scale, "weight_scale", weight_scale, nullptr, out);
+    CudaLinear c = l.asked;
+    c.bias = fp8_bias_of(bias, l);
+    const Tensor added = gpu_tensor("residual", residual, KPDEPLOY_BF16, 1, &l.x);
+    same_sizes(added, l.out);
+    c.residual = Rows(added).walk();
+    if (l.out.numel() > 0) cuda_kernels()->fp8_linear(c, context->stream);
   });
 }
 
@@ -303,12 +347,7 @@ int kpdeploy_fp8_linear_activation(const kpdeploy_context* context, const kpdepl
     check_activation(activation);
     const Fp8Linear l = fp8_linear_of("weight", x, weight, x_scale, "weight_scale", weight_scale, out_scale, out);
     CudaLinear c = l.asked;
-    if (bias) {
-      const Tensor b = gpu_tensor("bias", bias, KPDEPLOY_BF16, 1, &l.x);
-      if (b.rank != 1 || b.size(0) != c.n)
-        refuse("bias is %s; [%lld] fits weight", b.shape().c_str(), (long long)c.n);
-      c.bias = b.data;
-    }
+    c.bias = fp8_bias_of(bias, l);
     c.activation = activation;
     if (l.out.numel() > 0) cuda_kernels()->fp8_linear(c, context->stream);
   });

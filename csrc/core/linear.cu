@@ -27,12 +27,14 @@ __device__ Corner corner(int64_t rows, int64_t columns, int tile_rows, int tile_
   return {(band * kBand + within % height) * tile_rows, within / height * tile_columns};
 }
 
-// activation(product + bias), or SiLU(gate) * product.
+// activation(product + bias) + residual, or SiLU(gate) * product.
 template <class T, bool kGated>
-__device__ float finished(const CudaLinear& a, float product, float gate, int64_t column) {
+__device__ float finished(const CudaLinear& a, float product, float gate, int64_t row, int64_t column) {
   if (kGated) return silu(gate) * product;
-  if (a.bias && column < a.n) product += to_float(static_cast<const T*>(a.bias)[column]);
-  return activated(product, a.activation);
+  if (column >= a.n) return product;
+  if (a.bias) product += to_float(static_cast<const T*>(a.bias)[column]);
+  product = activated(product, a.activation);
+  return a.residual.data ? product + to_float(row_of<const T>(a.residual, row)[column]) : product;
 }
 
 // Tensor cores: 2 x 4 warps, three stages of kDepth columns of K in shared memory.
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) multiply(const CudaLinear a, const b
 #pragma unroll
         for (int c = 0; c < 2; ++c)
           values[c] = finished<T, kGated>(a, sums[0][i][j][half * 2 + c], sums[S::kWeights - 1][i][j][half * 2 + c],
-                                          n + c);
+                                          r, n + c);
         store_pair(out + n, values[0], values[1], paired, n < a.n, n + 1 < a.n);
       }
     }
@@ -226,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_plain(const CudaLinear a
 #pragma unroll
     for (int j = 0; j < kAcross; ++j) {
       const int64_t n = at.column + j / 4 * 64 + across + j % 4;
-      if (n < a.n) out[n] = finished<float, kGated>(a, sums[0][i][j], sums[kWeights - 1][i][j], n);
+      if (n < a.n) out[n] = finished<float, kGated>(a, sums[0][i][j], sums[kWeights - 1][i][j], r, n);
     }
   }
 }
@@ -259,7 +261,7 @@ __global__ void __launch_bounds__(kThreads) multiply_few(const CudaLinear a) {
   for (int r = 0; r < kDotRows; ++r) {
     if (r >= a.rows) break;
     const float sum = lanes_sum<32>(sums[r]), other = kGated ? lanes_sum<32>(gates[r]) : 0;
-    if (lane == 0) row_of<T>(a.out, r)[n] = from_float<T>(finished<T, kGated>(a, sum, other, n));
+    if (lane == 0) row_of<T>(a.out, r)[n] = from_float<T>(finished<T, kGated>(a, sum, other, r, n));
   }
 }
 

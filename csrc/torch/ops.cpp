@@ -396,6 +396,17 @@ Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor wei
   return fp8_linear(x, weight, x_scale, weight_scale, bias, out_scale, activation_of(activation));
 }
 
+Tensor fp8_linear_add(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias, Tensor residual) {
+  make_dense(x, weight, residual);
+  make_dense(bias);
+  const View a(x), w(weight), xs(x_scale), ws(weight_scale), r(residual);
+  const OptionalView b(bias);
+  Tensor out = empty(linear_sizes(x, weight), x, aoti_torch_dtype_bfloat16());
+  const View o(out);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_linear_add(c, a, w, xs, ws, b, r, o); });
+  return out;
+}
+
 Tensor fp8_gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight, Tensor x_scale, Tensor gate_scale,
                         Tensor up_scale, Optional out_scale) {
   make_dense(x, gate_weight, up_weight);
@@ -459,6 +470,22 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, Tensor residual, Tensor weight
   const View a(x), r(residual), w(weight), n(normalized), s(sum);
   run(a, [&](const kpdeploy_context* c) { return kpdeploy_add_rms_norm(c, a, r, w, eps, n, s); });
   return {normalized, sum};
+}
+
+// On the CPU the sum is what add_rms_norm gives beside a norm, whose weight does not count.
+Tensor linear_add(Tensor x, Tensor weight, Optional bias, Tensor residual) {
+  if (!x.is_cuda()) {
+    const Tensor product = linear(x, weight, bias, KPDEPLOY_NONE);
+    return std::get<1>(add_rms_norm(product, residual, empty({size_of(weight, 0)}, product), 1));
+  }
+  make_dense(x, weight, residual);
+  make_dense(bias);
+  const View a(x), w(weight), r(residual);
+  const OptionalView b(bias);
+  Tensor out = empty(linear_sizes(x, weight), x);
+  const View o(out);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_linear_add(c, a, w, b, r, o); });
+  return out;
 }
 
 Tensor fp8_quantize(Tensor x, Tensor scale) {
@@ -557,7 +584,8 @@ std::tuple<Tensor, Tensor> attention_add_layer_norm(Tensor query, Tensor key, Te
   Attended a{query, key, value, lengths, heads, scale, causal, weight, {}, {}, bias, residual, norm_weight, norm_bias, eps};
   if (query.is_cuda() && a.queue()) return {a.normalized, a.sum};
   const Tensor x = attention(query, key, value, lengths, heads, heads, scale, causal);
-  return add_layer_norm(linear(x, weight, bias, KPDEPLOY_NONE), residual, norm_weight, norm_bias, eps);
+  const Tensor sum = linear_add(x, weight, bias, residual);
+  return {layer_norm(sum, norm_weight, norm_bias, eps), sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fp8_attention_add_layer_norm(
@@ -568,8 +596,9 @@ std::tuple<Tensor, Tensor, Tensor> fp8_attention_add_layer_norm(
              weight_scale, bias, residual, norm_weight, norm_bias, eps,   out_scale};
   if (query.is_cuda() && a.queue()) return {a.normalized, a.sum, *a.quantized};
   const Tensor x = attention_fp8(query, key, value, lengths, heads, heads, scale, causal, x_scale);
-  const Tensor product = fp8_linear(x, weight, x_scale, weight_scale, bias, std::nullopt, KPDEPLOY_NONE);
-  return fp8_add_layer_norm(product, residual, norm_weight, norm_bias, eps, out_scale);
+  const Tensor sum = fp8_linear_add(x, weight, x_scale, weight_scale, bias, residual);
+  const auto [normalized, quantized] = fp8_layer_norm(sum, norm_weight, norm_bias, eps, out_scale);
+  return {normalized, sum, quantized};
 }
 
 struct Op {
@@ -610,6 +639,12 @@ const Op kOps[] = {
      "fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, "
      "Tensor? out_scale, str activation) -> Tensor",
      TORCH_BOX(&fp8_linear_activation)},
+    {"linear_add", "linear_add(Tensor x, Tensor weight, Tensor? bias, Tensor residual) -> Tensor",
+     TORCH_BOX(&linear_add)},
+    {"fp8_linear_add",
+     "fp8_linear_add(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor residual) -> "
+     "Tensor",
+     TORCH_BOX(&fp8_linear_add)},
     {"gated_linear", "gated_linear(Tensor x, Tensor gate_weight, Tensor up_weight) -> Tensor",
      TORCH_BOX(&gated_linear)},
     {"layer_norm", "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor", TORCH_BOX(&layer_norm)},

@@ -23,11 +23,13 @@ from kpdeploy.ops.fp8_attention_operands import FP8_ATTENTION_OPERANDS
 from kpdeploy.ops.fp8_gated_linear import FP8_GATED_LINEAR
 from kpdeploy.ops.fp8_layer_norm import FP8_LAYER_NORM
 from kpdeploy.ops.fp8_linear_activation import FP8_LINEAR_ACTIVATION
+from kpdeploy.ops.fp8_linear_add import FP8_LINEAR_ADD
 from kpdeploy.ops.fp8_quantize import FP8_QUANTIZE
 from kpdeploy.ops.fp8_rms_norm import FP8_RMS_NORM
 from kpdeploy.ops.gated_linear import GATED_LINEAR
 from kpdeploy.ops.layer_norm import LAYER_NORM
 from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
+from kpdeploy.ops.linear_add import LINEAR_ADD
 from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
 from kpdeploy.ops.packed_attention import PACKED_ATTENTION
 from kpdeploy.ops.packed_attention_fp8 import PACKED_ATTENTION_FP8
@@ -54,7 +56,9 @@ GPU_OPS: dict[str, Op] = {
     op.name: op
     for op in (
         FP8_QUANTIZE,
+        LINEAR_ADD,
         FP8_LINEAR_ACTIVATION,
+        FP8_LINEAR_ADD,
         FP8_GATED_LINEAR,
         FP8_LAYER_NORM,
         FP8_RMS_NORM,

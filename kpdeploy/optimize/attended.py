@@ -6,13 +6,13 @@ Where rows are many the op runs the kernels of its parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from kpdeploy.optimize.graph import calls, insert, is_call, same_size, shape, sweep, used_once
+from kpdeploy.optimize.linear_add import summands
 
 ops = torch.ops.kpdeploy
 
@@ -39,7 +39,7 @@ def _attention(arguments: Any) -> tuple[Any, ...] | None:
 
 
 def _in_16_bits(norm: Node) -> None:
-    for linear, residual in _summands(norm, ops.linear_activation.default):
+    for linear, residual in summands(norm, ops.linear_activation.default):
         x, weight, bias, activation = linear.args
         made = _sole(x, ops.attention.default)
         if made is not None and activation == "none" and (attention := _attention(made.args)):
@@ -48,7 +48,7 @@ def _in_16_bits(norm: Node) -> None:
 
 
 def _in_8_bits(norm: Node) -> None:
-    for linear, residual in _summands(norm, ops.fp8_linear_activation.default):
+    for linear, residual in summands(norm, ops.fp8_linear_activation.default):
         x, weight, x_scale, weight_scale, bias, out_scale, activation = linear.args
         made = _sole(x, ops.attention_fp8.default)
         # What is quantized for one product alone is so by the scale of that product's input.
@@ -60,14 +60,6 @@ def _in_8_bits(norm: Node) -> None:
         ):
             args = (*attention, weight, x_scale, weight_scale, bias, residual, *norm.args[2:])
             return _replace(norm, ops.fp8_attention_add_layer_norm.default, args)
-
-
-def _summands(norm: Node, target: Any) -> Iterator[tuple[Node, Any]]:
-    """The linears among the two that a norm adds, each with the other."""
-    x, residual = norm.args[:2]
-    for one, other in ((x, residual), (residual, x)):
-        if (linear := _sole(one, target)) is not None:
-            yield linear, other
 
 
 def _replace(norm: Node, target: Any, args: tuple[Any, ...]) -> None:

@@ -15,7 +15,7 @@ from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
-from kpdeploy.optimize import attended, fp8, pack, positions, precision, read_rows
+from kpdeploy.optimize import attended, fp8, linear_add, pack, positions, precision, read_rows
 from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, parameter, sweep
 
 
@@ -45,7 +45,7 @@ def lowered(
 
     `dropped`: without padding, of which the module is `told` by three inputs more (kpdeploy.optimize.pack), or which it
     finds in the mask. `samples` are inputs that fp8 takes its scales from, `budget` the error that it may have on them.
-    `whole`: with ops of which ONNX has no form (kpdeploy.optimize.attended).
+    `whole`: with ops of which ONNX has no form (kpdeploy.optimize.attended, linear_add).
 
     Raises:
         ExportFailed: no product fits in 8 bits, or padding cannot be dropped.
@@ -69,6 +69,7 @@ def lowered(
             raise ExportFailed("padding cannot be dropped", why=found.reason)
         if whole and bits != "float32":
             attended.fuse(module)
+            linear_add.fuse(module)
         _line_up(module)
     constant = all(map(_weights_are_held, module.graph.nodes))
     return Lowered(module=module, decisions=decisions, layers=layers, constant=constant)

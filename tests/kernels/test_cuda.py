@@ -185,10 +185,14 @@ def test_products_for_hopper_give_the_reference(shape: tuple[int, int, int], dty
     rows, k, n = shape
     x, w, g, b = torch.randn(rows, k), torch.randn(n, k) / k**0.5, torch.randn(n, k) / k**0.5, torch.randn(n)
     cases: list[tuple[str, Arguments]] = [("gated_linear", (x, g, w))]
+    cases += [
+        ("linear_add", (x, w, b, torch.randn(rows, n + 8)[:, :n])),
+        ("linear_add", (x, w, None, b.expand(rows, n))),
+    ]
     cases += [("linear_activation", (x, w, b, activation)) for activation in ACTIVATIONS]
     for name, plain in cases:
-        arguments = to_dtype(plain, DTYPES[dtype])
-        found = worst(through_torch(OPS[name], arguments), expected(OPS[name], arguments))
+        op, arguments = (OPS | GPU_OPS)[name], to_dtype(plain, DTYPES[dtype])
+        found = worst(through_torch(op, arguments), expected(op, arguments))
         assert found <= tolerance("kpdeploy", dtype, ""), (name, arguments[-1] if name == "linear_activation" else "")
 
 
@@ -212,6 +216,10 @@ def test_products_of_8_bit_floats_give_the_reference(
         ref = OPS["linear_activation"].reference(product, torch.eye(n).cuda(), given[4].double(), activation).cpu()
         assert out.dtype == (kind if quantized else torch.bfloat16)
         assert error(out.double() * (0.05 if quantized else 1), ref) <= (4e-2 if quantized else 4e-3), activation
+        if activation == "none" and not quantized:
+            residual = torch.randn(rows, n + 8).bfloat16()[:, :n]
+            (out,) = through_torch(GPU_OPS["fp8_linear_add"], (x, w, x_scale, weight_scale, bias, residual))
+            assert error(out.double(), ref + residual.double()) <= 4e-3
 
 
 def test_8_bit_floats_that_cannot_be_copied_are_one_clear_error(hopper: None) -> None:
@@ -255,7 +263,8 @@ def test_products_of_one_row_read_no_further_than_its_inputs(hopper: None) -> No
 @pytest.mark.parametrize("shape", HOPPER_SHAPES, ids=str)
 def test_constant_weights_give_the_same(shape: tuple[int, int, int], hopper: None) -> None:
     rows, k, n = shape
-    x, w, g, b = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in ((rows, k), (n, k), (n, k), (n,)))
+    shapes = ((rows, k), (n, k), (n, k), (n,), (rows, n))
+    x, w, g, b, r = (torch.randn(*s, device="cuda", dtype=torch.bfloat16) for s in shapes)
     k8, n8 = k // 16 * 16, n // 16 * 16
     x8, w8, g8 = (t[:, :k8].contiguous().to(torch.float8_e4m3fn) for t in (x, w[:n8], g[:n8]))
     one, ops = torch.full((1,), 0.5, device="cuda"), torch.ops.kpdeploy
@@ -263,7 +272,7 @@ def test_constant_weights_give_the_same(shape: tuple[int, int, int], hopper: Non
     def all_of_them() -> list[torch.Tensor]:
         outs = []
         for _ in range(3):  # each under way while the one before it ends
-            outs += [ops.linear_activation(x, w, b, "gelu"), ops.gated_linear(x, g, w)]
+            outs += [ops.linear_activation(x, w, b, "gelu"), ops.gated_linear(x, g, w), ops.linear_add(x, w, b, r)]
             outs += [ops.fp8_linear_activation(x8, w8, one, one, b[:n8], one, "none")]
             outs += [ops.fp8_gated_linear(x8, g8, w8, one, one, one, None)]
         return [out.float() for out in outs]
@@ -301,6 +310,28 @@ def test_a_weight_that_the_kernel_ahead_writes_is_waited_for(shape: tuple[int, i
                 ("gated_linear", gated, (x, w, w)),
             ):
                 assert error(out.cpu(), calls.reference(OPS[name], arguments)[0].cpu()) <= 6e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("off", [0, 1], ids=["aligned", "off boundary"])
+def test_a_residual_is_added_in_rows_of_any_kind(dtype: str, off: int, gpu: None) -> None:
+    torch.manual_seed(9)
+    for batch, rows, k, n in ((1, 1, 64, 40), (2, 7, 65, 33), (2, 150, 96, 512), (3, 700, 192, 768), (2, 0, 64, 32)):
+        x, w, b = torch.randn(batch, rows, k + 8)[..., off : off + k], torch.randn(n, k) / k**0.5, torch.randn(n)
+        whole = torch.randn(batch, rows, n + 8)[..., off : off + n]
+        for residual in (whole, whole[:1].expand(batch, rows, n)):
+            arguments = to_dtype((x, w, b, residual), DTYPES[dtype])
+            (out,), op = through_torch(GPU_OPS["linear_add"], arguments), GPU_OPS["linear_add"]
+            assert out.shape == (batch, rows, n)
+            assert rows == 0 or worst((out,), expected(op, arguments)) <= tolerance("kpdeploy", dtype, "")
+
+
+def test_a_residual_that_does_not_fit_is_one_clear_error(gpu: None) -> None:
+    x, w, r = (torch.ones(shape, device="cuda") for shape in ((4, 24), (32, 24), (4, 31)))
+    with pytest.raises(RuntimeError, match=r"linear_add: residual is \[4, 31\]"):
+        torch.ops.kpdeploy.linear_add(x, w, None, r)
+    with pytest.raises(RuntimeError, match="residual"):
+        torch.ops.kpdeploy.linear_add(x, w, None, torch.ones(4, 32, device="cuda", dtype=torch.float16))
 
 
 Choose = Callable[..., contextlib.AbstractContextManager[None]]
@@ -418,6 +449,10 @@ def test_either_provider_of_a_product_gives_the_reference(provider: str, choose:
                 outs = through_torch(OPS["linear_activation"], arguments)
             found = worst(outs, expected(OPS["linear_activation"], arguments))
             assert found <= 1.5 * tolerance("kpdeploy", dtype, ""), (dtype, activation)
+        arguments = to_dtype((x, w, b, torch.randn(96, 200)[:, :160]), DTYPES[dtype])
+        with choose("linear_activation", dtype, "none", 96, 128, 160, provider):
+            outs = through_torch(GPU_OPS["linear_add"], arguments)
+        assert worst(outs, expected(GPU_OPS["linear_add"], arguments)) <= 1.5 * tolerance("kpdeploy", dtype, ""), dtype
 
 
 ATTENTION_HEADS = (*range(8, 129, 8), 36, 256)

@@ -479,8 +479,9 @@ def test_attention_its_output_and_the_norm_are_one_op_for_a_gpu(capture: Capture
     assert counts["attention_add_layer_norm"] == fused
     # The last layer's queries are of one token each: that is left to the kernels of its parts.
     assert counts["attention"] == 2 - fused
-    # And the embeddings' norm, with the positions' table: but for that, one more in each layer.
-    assert counts["add_layer_norm"] == 5 - fused
+    # And the embeddings' norm, with the positions' table: but for that, one more in each layer, whose product adds.
+    assert counts["add_layer_norm"] == (1 if fused else 5)
+    assert counts["linear_add"] == (3 if fused else 0)
 
 
 def test_an_output_that_others_read_too_stays_apart() -> None:
@@ -500,6 +501,36 @@ def test_an_output_that_others_read_too_stays_apart() -> None:
     program = torch.export.export(fused.module, (torch.randn(2, 8, 64),), strict=False)
     counts = calls(lowered(program, bits="bfloat16", dropped=False, device="cpu", whole=True).module)
     assert (counts["attention"], counts["attention_add_layer_norm"]) == (1, 0)
+
+
+class Summed(torch.nn.Module):
+    """A linear, what it is added to, and the norm of both; in one way or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(64, 64) / 8)
+        self.scale, self.way = torch.nn.Parameter(torch.rand(64) + 0.5), way
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ops = torch.ops.kpdeploy
+        made = ops.linear_activation(x, self.weight, None, "gelu" if self.way == "activated" else "none")
+        if self.way == "rms":
+            return ops.add_rms_norm(x, made, self.scale, 1e-6)
+        normalized, total = ops.add_layer_norm(made, x, self.scale, None, 1e-5)
+        return (normalized, total, made) if self.way == "shown" else (normalized, total)
+
+
+@pytest.mark.parametrize(("way", "fused"), [("layer", 1), ("rms", 1), ("activated", 0), ("shown", 0)])
+def test_a_linear_adds_what_its_norm_would(way: str, fused: int) -> None:
+    register()
+    x, module = torch.randn(3, 7, 64), Summed(way).eval()
+    made = lowered(torch.export.export(module, (x,)), bits="bfloat16", dropped=False, device="cpu", whole=True).module
+    counts = calls(made)
+    assert counts["linear_add"] == fused
+    assert counts["add_layer_norm"] + counts["add_rms_norm"] == 1 - fused
+    with torch.no_grad():
+        for found, wanted in zip(made(x), module(x), strict=True):
+            assert relative_error(found.numpy(), wanted.numpy()) <= 1e-2
 
 
 # 8 bits: on a CPU the ops' references stand in for their kernels.
@@ -529,10 +560,11 @@ def test_products_in_8_bits_read_what_norms_and_products_give_in_8_bits(
     # one token each, and the embeddings' norm quantizes. The pooler's input passes by itself; without padding that of
     # the embeddings' norm, too, which else adds the positions' table, and the first tokens of what the last attention
     # gives of all. All else is fused.
-    apart = Counter(fp8_linear_activation=9, packed_attention_fp8=1, packed_attention=1, fp8_add_layer_norm=3)
-    apart.update(add_layer_norm=1, fp8_quantize=3)
-    whole = Counter(fp8_linear_activation=8, fp8_attention_add_layer_norm=1, fp8_add_layer_norm=3, add_layer_norm=1)
-    whole.update(attention_fp8=1, fp8_quantize=1)
+    # Attention's output and the MLP's second product add the residual.
+    apart = Counter(fp8_linear_activation=5, fp8_linear_add=4, packed_attention_fp8=1, packed_attention=1)
+    apart.update(fp8_layer_norm=3, layer_norm=1, fp8_quantize=3)
+    whole = Counter(fp8_linear_activation=5, fp8_linear_add=3, fp8_attention_add_layer_norm=1, attention_fp8=1)
+    whole.update(fp8_add_layer_norm=1, fp8_layer_norm=2, layer_norm=1, fp8_quantize=1)
     assert counts == (apart if dropped else whole)
     form = Form(precision="fp8", dropped=dropped, padded=("batch", "seq"))
     cuda.export(capture, tmp_path, form, module=Flat(found.module, None), device="cpu")
