@@ -54,8 +54,8 @@ def fake(
 
 PLACES = ("sources", "targets", "offsets")
 """The inputs, all int64, that tell a program without padding where tokens are, where it does not look for them
-itself: `sources` [T], their places in the batch, counted over its rows; `targets` [T], the same, where B * S is for a
-token that belongs nowhere; `offsets` [B + 1], where the tokens of each row begin."""
+itself: `sources` [T], T at least 1, their places in the batch, counted over its rows; `targets` [T], the same, where
+B * S is for a token that belongs nowhere; `offsets` [B + 1], where the tokens of each row begin."""
 
 ONNX_BODY = (
     """

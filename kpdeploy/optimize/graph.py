@@ -85,6 +85,22 @@ def argument(node: Any, name: str, default: Any = None) -> Any:
     return default
 
 
+FIRST, LAST = (0, 1), (-1, 2**63 - 1)
+"""One row, as torch's slices count them."""
+
+
+def row_read(node: Any) -> tuple[int, int] | None:
+    """The one row, FIRST or LAST, that a node takes of each sequence of [B, S, N]; None: it does something else."""
+    if not is_call(node, aten.select.int, aten.slice.Tensor):
+        return None
+    if len(shape(node.args[0])) != 3 or argument(node, "dim") != 1:
+        return None
+    if node.target is aten.select.int:
+        return {0: FIRST, -1: LAST}.get(node.args[2])
+    found = (argument(node, "start"), argument(node, "end"))
+    return found if found in (FIRST, LAST) and argument(node, "step") == 1 else None
+
+
 def parameter(module: GraphModule, node: Any) -> torch.Tensor | None:
     """The tensor of the module that a node reads; None if it is computed."""
     if not isinstance(node, Node) or node.op != "get_attr":

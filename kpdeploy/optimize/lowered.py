@@ -56,8 +56,7 @@ def lowered(
     layers: tuple[fp8.Layer, ...] = ()
     with torch.no_grad():
         _fold(module)
-        if not dropped:  # tokens without padding are gathered once, behind the norm
-            positions.settle(module)
+        positions.settle(module)
         read_rows.settle(module, attention=not dropped)
         # With its index: torch.export tells "cuda" from "cuda:0".
         precision.place(module, torch.empty(0, device=device).device)

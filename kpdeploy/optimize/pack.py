@@ -3,6 +3,9 @@
 Between the first and the last layer nearly all operators treat each token alone. There a batch [B, S, …] whose padding
 mask is known to be a prefix is as well one row [1, T, …] of its T real tokens: less to compute by the share of padding,
 which no operator that keeps the batch can save. Outputs that show padded places would show zeros: the proof tells.
+
+What enters is ids, where a model begins with embeddings; and where one token of each row is read behind the last layer,
+nothing is laid out as a batch again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from kpdeploy.decision import Applied, Decision, Skipped
 from kpdeploy.ops import NAMESPACE
 from kpdeploy.ops.packed_attention import PLACES
-from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, same_size, sweep
+from kpdeploy.optimize.graph import FIRST, aten, calls, insert, is_call, name_of, row_read, same_size, shape, sweep
 
 WHAT = "padding dropped"
 
@@ -30,17 +33,26 @@ class _Tokens:
     mask: Node
 
     def has(self, value: Any) -> bool:
-        if not isinstance(value, Node) or not isinstance(found := value.meta.get("val"), torch.Tensor):
-            return False
-        batch, length = self.mask.meta["val"].shape
-        return found.dim() == 3 and same_size(found.shape[0], batch) and same_size(found.shape[1], length)
+        return self._are(value, shape(self.mask)[0], 3)
 
-    def has_or_shares(self, value: Any) -> bool:
-        """Is it made of tokens, or the same for the tokens of each row?"""
-        if self.has(value):
-            return True
-        sizes = value.meta["val"].shape
-        return len(sizes) == 3 and sizes[0] == 1 and same_size(sizes[1], self.mask.meta["val"].shape[1])
+    def share(self, value: Any, axes: int = 3) -> bool:
+        """Is it [1, S, …], the same for the tokens of each row?"""
+        return self._are(value, 1, axes)
+
+    def _are(self, value: Any, rows: Any, axes: int) -> bool:
+        if not isinstance(value, Node) or not isinstance(value.meta.get("val"), torch.Tensor):
+            return False
+        sizes = shape(value)
+        return len(sizes) == axes and same_size(sizes[0], rows) and same_size(sizes[1], shape(self.mask)[1])
+
+    def has_or_share(self, value: Any) -> bool:
+        return self.has(value) or self.share(value)
+
+    def repeated(self, value: Node) -> Node | None:
+        """[1, S, …] that a value is a copy of in each row; None where it is none."""
+        row: Any = value.args[0] if is_call(value, aten.expand.default) else None
+        found = self.share(row, len(shape(value))) and all(map(same_size, shape(row)[2:], shape(value)[2:]))
+        return row if found else None
 
 
 def _always(node: Node) -> bool:
@@ -74,6 +86,9 @@ _EACH = (
     "add", "sub", "mul", "div", "pow", "neg", "gelu", "relu", "silu", "tanh", "sigmoid", "to",
 )  # fmt: skip
 
+EMBEDDING = "aten::embedding"
+"""Makes tokens of ids [B, S]."""
+
 ROTARY = f"{NAMESPACE}::rotary_embedding"
 """Treats each token alone, with the row of its tables that is the token's."""
 
@@ -101,16 +116,14 @@ def pack(module: GraphModule, *, given: bool = False) -> Decision:
     region = _region(module.graph, tokens, attentions)
     if not all(node in region for node in attentions):
         return Skipped(what=WHAT, reason="an attention's queries and keys are not the tokens of the padding mask")
-    # In the graph's order: the same model gives the same artifact.
-    entering = [
-        n for n in module.graph.nodes if tokens.has(n) and n not in region and any(u in region for u in n.users)
-    ]
+    entering = {value for node in region for value in node.all_input_nodes if tokens.has(value)} - region
     leaving = [n for n in region if tokens.has(n) and any(user not in region for user in n.users)]
     # Positions enter once, for all layers.
     tables = {table for node in region if name_of(node) == ROTARY for table in node.all_input_nodes[1:]}
-    if (crossings := len({*entering} - tables) + len(leaving)) > len(attentions) + 2:
+    tables |= {value for value in entering if tokens.repeated(value)}
+    if (crossings := len(entering - tables) + len(leaving)) > len(attentions) + 2:
         return Skipped(what=WHAT, reason=f"tokens meet others in {crossings} places between its attentions")
-    _rewrite(module, _Writer(module.graph, mask, given=given), region, attentions, entering)
+    _rewrite(module, _Writer(module.graph, tokens, given=given), region, attentions)
     return Applied(what=WHAT, detail="the tokens of a batch are one row; attention is told where each sequence begins")
 
 
@@ -138,7 +151,7 @@ def _shared_mask(attentions: Iterable[Node]) -> Node | str:
 
 def _region(graph: Graph, tokens: _Tokens, attentions: Iterable[Node]) -> set[Node]:
     """The nodes that can run on tokens of one row: attention, and those that treat each token alone, as far as they
-    lie between two heavy ones."""
+    lie between two heavy ones, or between embeddings and a heavy one that alone reads them."""
     attended = {n for n in attentions if all(map(tokens.has, n.args[:3]))}
     alone = attended | {node for node in graph.nodes if _treats_each_alone(node, tokens)}
     heavy = [node for node in alone if name_of(node) in HEAVY or node in attended]
@@ -147,6 +160,11 @@ def _region(graph: Graph, tokens: _Tokens, attentions: Iterable[Node]) -> set[No
     kept = {node for node in alone if node in after and node in before}
     # Of an operator with several results, each is taken.
     kept |= {node for node in alone if node.target is operator.getitem and node.args[0] in kept}
+    begun = [n for n in graph.nodes if tokens.has(n) and (name_of(n) == EMBEDDING or tokens.repeated(n))]
+    embedded = alone & _reached(begun, lambda node: (user for user in node.users if user in alone))
+    for node in reversed(graph.nodes):
+        if node in embedded and node.users and all(user in kept for user in node.users):
+            kept.add(node)
     return kept
 
 
@@ -157,11 +175,13 @@ def _treats_each_alone(node: Node, tokens: _Tokens) -> bool:
         return isinstance(node.args[0], Node) and _treats_each_alone(node.args[0], tokens)
     if (count := HEAVY.get(name_of(node), 0)) > 0:
         return all(map(tokens.has, node.args[:count])) and not any(map(tokens.has, node.args[count:]))
+    if name_of(node) == EMBEDDING:
+        return tokens.has(node)
     if name_of(node) == ROTARY:
-        return tokens.has(node.args[0]) and all(map(tokens.has_or_shares, node.args[1:3]))
+        return tokens.has(node.args[0]) and all(map(tokens.has_or_share, node.args[1:3]))
     if not LIGHT.get(name_of(node), _never)(node):
         return False
-    others = [a for a in node.all_input_nodes if not tokens.has(a)]
+    others = [a for a in node.all_input_nodes if not tokens.has_or_share(a)]
     return tokens.has(node.args[0]) and all(_is_a_channel(other) for other in others)
 
 
@@ -184,9 +204,12 @@ def _reached(starts: Iterable[Node], following: Callable[[Node], Iterator[Node]]
 class _Writer:
     """Adds the calls between the padded batch and its tokens. `added` are all of them."""
 
-    def __init__(self, graph: Graph, mask: Node, *, given: bool) -> None:
+    def __init__(self, graph: Graph, tokens: _Tokens, *, given: bool) -> None:
         self.graph = graph
+        self.tokens = tokens
+        self.given = given
         self.added: set[Node] = set()
+        mask = tokens.mask
         with graph.inserting_before(_following(mask)):
             if given:
                 self.sources, self.targets, self.offsets = map(graph.placeholder, PLACES)
@@ -195,24 +218,38 @@ class _Writer:
             if given:
                 # One place more, for tokens that belong nowhere.
                 self.places = self.call(operator.add, self.batch, 1)
+                last = self.call(operator.sub, self.call(aten.sym_size.int, self.sources, 0), 1)
+                begins = self.call(aten.slice.Tensor, self.offsets, 0, 0, self.sizes[0])
+                # Behind all tokens, where the last rows have none.
+                self.firsts = self.call(aten.clamp.default, begins, None, last)
+                self.empty = self.call(aten.eq.Scalar, self.call(aten.slice.Tensor, mask, 1, 0, 1), 0)
             else:
                 flat = self.call(aten.reshape.default, mask, [-1])
                 found = self.call(aten.reshape.default, self.call(aten.nonzero.default, flat), [-1])
                 self.sources = self.targets = found
                 ends = self.call(aten.cumsum.default, self.call(aten.sum.dim_IntList, mask, [-1]), 0)
                 self.offsets = self.call(aten.constant_pad_nd.default, ends, [1, 0])
+            self.columns = self.call(aten.remainder.Scalar, self.sources, self.sizes[1])
 
     def call(self, target: Any, *args: Any) -> Node:
         node = self.graph.call_function(target, args)
         self.added.add(node)
         return node
 
-    def packed(self, value: Node, before: Node | None = None) -> Node:
-        """[1, T, N] of [B, S, N]; or `before` a node, of [1, S, N] that each row has."""
-        with self.graph.inserting_before(before or _following(value)):
-            rows = self.call(aten.expand.default, value, [self.sizes[0], -1, -1]) if before else value
-            flat = self.call(aten.reshape.default, rows, [-1, value.meta["val"].shape[2]])
-            return self.call(aten.unsqueeze.default, self.call(aten.index_select.default, flat, 0, self.sources), 0)
+    def packed(self, value: Node, before: Node) -> Node:
+        """[1, T, …] before a node: of [B, S, …], or of [1, S, …] that each row has."""
+        row = value if self.tokens.share(value) else self.tokens.repeated(value)
+        of, places = (row, self.columns) if row is not None else (value, self.sources)
+        with self.graph.inserting_before(before):
+            flat = self.call(aten.reshape.default, of, [-1, *shape(value)[2:]])
+            return self.call(aten.unsqueeze.default, self.call(aten.index_select.default, flat, 0, places), 0)
+
+    def first(self, value: Node) -> Node:
+        """[B, 1, N] of [1, T, N]: the first token of each row; zeros where there is none."""
+        with self.graph.inserting_before(_following(value)):
+            flat = self.call(aten.reshape.default, value, [-1, shape(value)[2]])
+            taken = self.call(aten.index_select.default, flat, 0, self.firsts)
+            return self.call(aten.unsqueeze.default, self.call(aten.masked_fill.Scalar, taken, self.empty, 0), 1)
 
     def unpacked(self, value: Node) -> Node:
         """[B, S, N] of [1, T, N]; zeros where there is no token."""
@@ -221,40 +258,47 @@ class _Writer:
             blank = self.call(aten.new_zeros.default, value, [self.places, width])
             rows = self.call(aten.reshape.default, value, [-1, width])
             filled = self.call(aten.index_put.default, blank, [self.targets], rows)
-            if self.places is not self.batch:
+            if self.given:
                 filled = self.call(aten.slice.Tensor, filled, 0, 0, self.batch)
             return self.call(aten.reshape.default, filled, [*self.sizes, width])
 
 
-def _rewrite(
-    module: GraphModule, writer: _Writer, region: set[Node], attentions: Iterable[Node], entering: Iterable[Node]
-) -> None:
-    _pack_tables(module.graph, writer, region, entering)
-    for value in entering:
-        value.replace_all_uses_with(writer.packed(value), delete_user_cb=lambda user: user in region)
+def _rewrite(module: GraphModule, writer: _Writer, region: set[Node], attentions: Iterable[Node]) -> None:
+    # In the graph's order: the same model gives the same artifact.
+    inside = [node for node in module.graph.nodes if node in region]
+    packed: dict[Node, Node] = {}
+    for node in inside:
+        for value in node.all_input_nodes:
+            if value not in region and (writer.tokens.has_or_share(value) or _are_ids(value, node)):
+                if value not in packed:
+                    packed[value] = writer.packed(value, node)
+                node.replace_input_with(value, packed[value])
     for node in attentions:
         args = (*node.args[:3], writer.offsets, *node.args[4:])
         made = insert(node, _packed_forms()[node.target], args, node)
         node.replace_all_uses_with(made)
         region.add(made)
     for node in [n for n in module.graph.nodes if n in region and any(user not in region for user in n.users)]:
+        if writer.given:
+            _read_first(writer, node)
         node.replace_all_uses_with(writer.unpacked(node), delete_user_cb=lambda user: user not in region | writer.added)
-    if writer.places is not writer.batch:
+    if writer.given:
         # An exported module takes a pytree, which it checks, and which knows nothing of the inputs that were added.
         module.graph.set_codegen(torch.fx.graph.CodeGen())
         module._forward_pre_hooks.clear()
     sweep(module)
 
 
-def _pack_tables(graph: Graph, writer: _Writer, region: set[Node], entering: Iterable[Node]) -> None:
-    """Give each token its own row of the cosines and sines that all rows share."""
-    tables: dict[Node, Node] = {}
-    for node in [n for n in graph.nodes if n in region and name_of(n) == ROTARY]:
-        for table in node.all_input_nodes[1:]:
-            if table not in entering:
-                if table not in tables:
-                    tables[table] = writer.packed(table, node)
-                node.replace_input_with(table, tables[table])
+def _are_ids(value: Node, node: Node) -> bool:
+    return name_of(node) == EMBEDDING and value is node.args[1]
+
+
+def _read_first(writer: _Writer, node: Node) -> None:
+    """Take the first token of each row, where that is what is read of [B, S, N]."""
+    if readers := [user for user in node.users if row_read(user) == FIRST]:
+        first = writer.first(node)
+        for user in readers:
+            user.replace_input_with(node, first)
 
 
 def _following(node: Node) -> Node:

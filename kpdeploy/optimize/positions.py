@@ -56,8 +56,11 @@ def _settle_one(module: GraphModule, norm: Node) -> None:
     with norm.graph.inserting_before(norm):
         held = norm.graph.get_attr(name)
     held.meta["val"] = total
-    sizes = [insert(norm, aten.sym_size.int, (word, axis)) for axis in (0, 1)]
+    # Of ids, where there are: what reads the size of an embedding keeps it in a batch (kpdeploy.optimize.pack).
+    sized = word.args[1] if is_call(word, aten.embedding.default) else word
+    sizes = [insert(norm, aten.sym_size.int, (sized, axis)) for axis in (0, 1)]
     first = insert(norm, aten.slice.Tensor, (held, 1, 0, *ends))
+    first.meta["val"] = word.meta["val"][:1]
     rows = insert(norm, aten.expand.default, (first, [*sizes, -1]), word)
     pair = insert(norm, torch.ops.kpdeploy.add_layer_norm.default, (word, rows, weight, bias, eps))
     norm.replace_all_uses_with(take(norm, pair, 0, norm))

@@ -10,33 +10,20 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kpdeploy.ops import NAMESPACE
-from kpdeploy.optimize.graph import argument, aten, calls, insert, is_call, name_of, same_size, shape, sweep
+from kpdeploy.optimize.graph import LAST, aten, calls, insert, is_call, name_of, row_read, same_size, shape, sweep
 from kpdeploy.optimize.pack import HEAVY
 
 ROWS = {**HEAVY, "aten::add": 2, "aten::mul": 2, "aten::to": 1, f"{NAMESPACE}::attention": 1}
 """Operators that give each row of [B, S, N] apart, and how many of their first arguments have these rows."""
-
-FIRST, LAST = (0, 1), (-1, 2**63 - 1)
-"""One row, as torch's slices count them."""
 
 
 def settle(module: GraphModule, *, attention: bool) -> None:
     """Rewrite a module of fused ops in place. `attention`: it is asked for the rows that are read, too."""
     sweep(module)
     for chosen in calls(module.graph, aten.select.int, aten.slice.Tensor):
-        if (window := _window(chosen)) is not None:
+        if (window := row_read(chosen)) is not None:
             _rewrite(chosen, window, _behind(chosen, window, attention))
     sweep(module)
-
-
-def _window(chosen: Any) -> tuple[int, int] | None:
-    """The one row that a node takes of each sequence of [B, S, N]; None where it does something else."""
-    if len(shape(chosen.args[0])) != 3 or argument(chosen, "dim") != 1:
-        return None
-    if chosen.target is aten.select.int:
-        return {0: FIRST, -1: LAST}.get(chosen.args[2])
-    found = (argument(chosen, "start"), argument(chosen, "end"))
-    return found if found in (FIRST, LAST) and argument(chosen, "step") == 1 else None
 
 
 def _behind(chosen: Node, window: tuple[int, int], attention: bool) -> list[Node]:

@@ -219,7 +219,7 @@ class Graphs:
         self.missed += 1
         tensors = [a if on_gpu else torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for a in arrays]
         if mask is not None:
-            count = np.count_nonzero(mask)
+            count = max(1, int(np.count_nonzero(mask)))
             packed = [np.empty(size, np.int64) for size in (count, count, len(mask) + 1)]
             tools.pack(mask, *packed)
             tensors += [torch.from_numpy(a).to(self.device) for a in packed]

@@ -36,6 +36,7 @@ from kpdeploy.optimize.pack import pack
 from kpdeploy.pipeline.candidates import Candidate, _fused, prove_one
 from kpdeploy.pipeline.graphs import OnGpu
 from kpdeploy.progress import Progress
+from kpdeploy.runtimes import buckets
 from kpdeploy.runtimes import cuda as runtime
 from kpdeploy.verify import questions
 
@@ -56,6 +57,25 @@ class Pooled(torch.nn.Module):
         out = self.model(input_ids=input_ids, attention_mask=attention_mask)
         found: torch.Tensor = out.last_hidden_state if self.everything else out.pooler_output
         return found
+
+
+class Counted(Pooled):
+    """A RoBERTa: its positions are counted in the ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = transformers.RobertaModel(transformers.RobertaConfig(**SMALL, pad_token_id=0))
+
+
+class Embedded(Pooled):
+    """A BERT that shows the sum of its embeddings, too, at every place."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        seen: list[torch.Tensor] = []
+        hook = self.model.embeddings.LayerNorm.register_forward_pre_hook(lambda _m, given: seen.append(given[0]))
+        pooled = super().forward(input_ids, attention_mask)
+        hook.remove()
+        return pooled, seen[0]
 
 
 class Rotary(torch.nn.Module):
@@ -221,6 +241,118 @@ def test_padded_places_that_are_shown_become_zeros_and_no_others() -> None:
     assert not found[~real].any()
 
 
+def without_padding(of: Model, folder: Path, bits: str = "float32") -> torch.fx.GraphModule:
+    source = _fused(Capture(of, folder), (), ()).capture
+    assert source is not None
+    return lowered(source.program, bits=bits, dropped=True, device="cpu", whole=True).module
+
+
+def with_places(inputs: Any, spare: int = 0) -> list[torch.Tensor]:
+    """Inputs, and where their tokens are, with `spare` ones that belong nowhere."""
+    mask = inputs["attention_mask"]
+    places = [np.empty(size, np.int64) for size in (mask.sum() + spare, mask.sum() + spare, len(mask) + 1)]
+    buckets.pack(mask, *places)
+    return [torch.from_numpy(array) for array in (*inputs.values(), *places)]
+
+
+def all_answers(module: torch.nn.Module, tensors: list[torch.Tensor]) -> list[np.ndarray[Any, Any]]:
+    with torch.no_grad():
+        return [out.numpy() for out in outputs_of(module, *tensors)]
+
+
+class Computing(torch.fx.Interpreter):
+    """The shapes of all floats that a module computes."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        found = super().run_node(n)
+        if n.op == "call_function" and isinstance(found, torch.Tensor) and found.is_floating_point():
+            self.shapes.add(tuple(found.shape))
+        return found
+
+
+@pytest.mark.parametrize(("bits", "most"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("kind", [Pooled, Counted, Rotary])
+def test_nothing_is_computed_on_padded_places_but_ids(
+    kind: Callable[[], torch.nn.Module], bits: str, most: float, tmp_path: Path
+) -> None:
+    of = model(kind())
+    module = without_padding(of, tmp_path, bits)
+    rng = np.random.default_rng()
+    for point in (*POINTS, {"batch": 4, "seq": 1}):  # of one token each
+        for spare in (0, 3):
+            inputs = sample(of.signature, point, rng)
+            (found,) = all_answers(module, with_places(inputs, spare))
+            assert relative_error(found, answer(of, inputs)) <= most, (point, spare)
+    inputs = sample(of.signature, {"batch": 3, "seq": 13}, rng)
+    inputs["attention_mask"] = (np.arange(13) < [[13], [1], [5]]).astype(np.int64)
+    computing = Computing(module)
+    with torch.no_grad():
+        computing.run(*with_places(inputs))
+    assert any(shape[:2] == (1, 19) for shape in computing.shapes)
+    assert not [s for s in computing.shapes if s[:2] == (3, 13) or s[0] in (3 * 13, 3 * 13 + 1)]
+
+
+def test_embeddings_without_padding_are_words_and_one_table(bert: Model, tmp_path: Path) -> None:
+    module = without_padding(bert, tmp_path)
+    aten = torch.ops.aten
+    count = Counter(node.target for node in module.graph.nodes)
+    assert (count[aten.embedding.default], count[aten.layer_norm.default], count[aten.index_put.default]) == (1, 0, 0)
+    assert calls(module)["add_layer_norm"] == 5
+    # Ids and the rows of the table as tokens; attention's result and the residual as the first of each row.
+    assert count[aten.index_select.default] == 4
+
+
+def test_a_row_without_tokens_reads_no_others(bert: Model, tmp_path: Path) -> None:
+    module, rng = without_padding(bert, tmp_path), np.random.default_rng()
+    alone = sample(bert.signature, {"batch": 1, "seq": 13}, rng)
+    alone["attention_mask"][:] = 0
+    (expected,) = all_answers(module, with_places(alone, 1))
+    for lengths in ([0, 5, 0, 13], [13, 0, 1, 0], [4, 13, 0, 0]):
+        inputs = sample(bert.signature, {"batch": 4, "seq": 13}, rng)
+        inputs["attention_mask"] = (np.arange(13) < np.array(lengths)[:, None]).astype(np.int64)
+        (found,) = all_answers(module, with_places(inputs))
+        real = np.array(lengths) > 0
+        assert relative_error(found[real], answer(bert, {name: a[real] for name, a in inputs.items()})) <= 1e-5
+        assert relative_error(found[~real], expected.repeat(2, 0)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "unpacked"),
+    [
+        (lambda: Chosen(0), 0),
+        # The last place of a row may be padding.
+        (lambda: Chosen(-1), 2),
+        (lambda: Pooled(everything=True), 1),
+    ],
+    ids=["first", "last", "all"],
+)
+def test_tokens_are_a_batch_again_where_others_than_the_first_are_read(
+    kind: Callable[[], torch.nn.Module], unpacked: int, tmp_path: Path
+) -> None:
+    of = model(kind())
+    module = without_padding(of, tmp_path)
+    assert sum(node.target is torch.ops.aten.index_put.default for node in module.graph.nodes) == unpacked
+    inputs = sample(of.signature, {"batch": 3, "seq": 13}, np.random.default_rng())
+    if unpacked:
+        inputs["attention_mask"][:] = 1
+    assert relative_error(all_answers(module, with_places(inputs, 2))[0], answer(of, inputs)) <= 1e-5
+
+
+def test_embeddings_that_are_shown_keep_their_padded_places(tmp_path: Path) -> None:
+    of = model(Embedded())
+    module = without_padding(of, tmp_path)
+    assert not [node for node in module.graph.nodes if node.target is torch.ops.aten.index_put.default]
+    inputs = sample(of.signature, {"batch": 4, "seq": 13}, np.random.default_rng())
+    assert of.module is not None
+    expected = all_answers(of.module, [torch.from_numpy(array) for array in inputs.values()])
+    for found, wanted in zip(all_answers(module, with_places(inputs)), expected, strict=True):
+        assert relative_error(found, wanted) <= 1e-5
+
+
 @pytest.mark.parametrize(
     ("module", "texts", "why"),
     [
@@ -276,6 +408,20 @@ def test_what_fits_no_bucket_runs_without_one_and_is_counted(
     inputs = sample(bert.signature, {"batch": 3, "seq": 9}, np.random.default_rng())
     assert relative_error(run(list(inputs.values()))[0], answer(bert, inputs)) <= 1e-5
     assert run.missed == 1
+    inputs["attention_mask"][:] = 0
+    assert np.isfinite(run(list(inputs.values()))[0]).all()
+
+
+def test_a_bucket_may_be_full_of_tokens_and_have_rows_without(capture: Capture, bert: Model, tmp_path: Path) -> None:
+    run = made(capture, tmp_path, Form(dropped=True, padded=("batch", "seq")))
+    sizes = {"batch": 4, "seq": 24, "tokens": 48}
+    assert sizes in run.buckets
+    run.ladder.described = {**run.described, "buckets": [bucket for bucket in run.buckets if bucket == sizes]}
+    run.captured = [each for each, bucket in zip(run.captured, run.buckets, strict=True) if bucket == sizes]
+    inputs = sample(bert.signature, {"batch": 3, "seq": 16}, np.random.default_rng())
+    inputs["attention_mask"][:] = 1
+    assert relative_error(run(list(inputs.values()))[0], answer(bert, inputs)) <= 1e-5
+    assert run.missed == 0
 
 
 class Computed:
@@ -468,8 +614,8 @@ def test_a_table_is_only_of_what_is_known_and_read_by_the_norm_alone(shown: bool
         assert max(relative_error(a.numpy(), b.numpy()) for a, b in pairs) <= 1e-5
 
 
-def outputs_of(module: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    out = module(ids)
+def outputs_of(module: torch.nn.Module, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    out = module(*inputs)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -557,12 +703,11 @@ def test_products_in_8_bits_read_what_norms_and_products_give_in_8_bits(
     counts = calls(found.module)
     # A layer: queries, keys and values in one, attention's output, two of the MLP; and the pooler.
     # With padding, attention, its output and the norm behind it are one op but in the last layer, whose queries are of
-    # one token each, and the embeddings' norm quantizes. The pooler's input passes by itself; without padding that of
-    # the embeddings' norm, too, which else adds the positions' table, and the first tokens of what the last attention
-    # gives of all. All else is fused.
+    # one token each. The pooler's input passes by itself, and without padding the first tokens of what the last
+    # attention gives of all. All else is fused.
     # Attention's output and the MLP's second product add the residual.
     apart = Counter(fp8_linear_activation=5, fp8_linear_add=4, packed_attention_fp8=1, packed_attention=1)
-    apart.update(fp8_layer_norm=3, layer_norm=1, fp8_quantize=3)
+    apart.update(fp8_add_layer_norm=1, fp8_layer_norm=3, layer_norm=1, fp8_quantize=2)
     whole = Counter(fp8_linear_activation=5, fp8_linear_add=3, fp8_attention_add_layer_norm=1, attention_fp8=1)
     whole.update(fp8_add_layer_norm=1, fp8_layer_norm=2, layer_norm=1, fp8_quantize=1)
     assert counts == (apart if dropped else whole)
