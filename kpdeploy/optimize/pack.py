@@ -202,13 +202,12 @@ def _reached(starts: Iterable[Node], following: Callable[[Node], Iterator[Node]]
 
 
 class _Writer:
-    """Adds the calls between the padded batch and its tokens. `added` are all of them."""
+    """Adds the calls between the padded batch and its tokens."""
 
     def __init__(self, graph: Graph, tokens: _Tokens, *, given: bool) -> None:
         self.graph = graph
         self.tokens = tokens
         self.given = given
-        self.added: set[Node] = set()
         mask = tokens.mask
         with graph.inserting_before(_following(mask)):
             if given:
@@ -232,9 +231,7 @@ class _Writer:
             self.columns = self.call(aten.remainder.Scalar, self.sources, self.sizes[1])
 
     def call(self, target: Any, *args: Any) -> Node:
-        node = self.graph.call_function(target, args)
-        self.added.add(node)
-        return node
+        return self.graph.call_function(target, args)
 
     def packed(self, value: Node, before: Node) -> Node:
         """[1, T, …] before a node: of [B, S, …], or of [1, S, …] that each row has."""
@@ -244,7 +241,7 @@ class _Writer:
             flat = self.call(aten.reshape.default, of, [-1, *shape(value)[2:]])
             return self.call(aten.unsqueeze.default, self.call(aten.index_select.default, flat, 0, places), 0)
 
-    def first(self, value: Node) -> Node:
+    def firsts_of(self, value: Node) -> Node:
         """[B, 1, N] of [1, T, N]: the first token of each row; zeros where there is none."""
         with self.graph.inserting_before(_following(value)):
             flat = self.call(aten.reshape.default, value, [-1, shape(value)[2]])
@@ -278,10 +275,12 @@ def _rewrite(module: GraphModule, writer: _Writer, region: set[Node], attentions
         made = insert(node, _packed_forms()[node.target], args, node)
         node.replace_all_uses_with(made)
         region.add(made)
-    for node in [n for n in module.graph.nodes if n in region and any(user not in region for user in n.users)]:
-        if writer.given:
-            _read_first(writer, node)
-        node.replace_all_uses_with(writer.unpacked(node), delete_user_cb=lambda user: user not in region | writer.added)
+    for node in [n for n in module.graph.nodes if n in region]:
+        if outside := [user for user in node.users if user not in region]:
+            firsts = writer.given and all(row_read(user) == FIRST for user in outside)
+            made = writer.firsts_of(node) if firsts else writer.unpacked(node)
+            for user in outside:
+                user.replace_input_with(node, made)
     if writer.given:
         # An exported module takes a pytree, which it checks, and which knows nothing of the inputs that were added.
         module.graph.set_codegen(torch.fx.graph.CodeGen())
@@ -291,14 +290,6 @@ def _rewrite(module: GraphModule, writer: _Writer, region: set[Node], attentions
 
 def _are_ids(value: Node, node: Node) -> bool:
     return name_of(node) == EMBEDDING and value is node.args[1]
-
-
-def _read_first(writer: _Writer, node: Node) -> None:
-    """Take the first token of each row, where that is what is read of [B, S, N]."""
-    if readers := [user for user in node.users if row_read(user) == FIRST]:
-        first = writer.first(node)
-        for user in readers:
-            user.replace_input_with(node, first)
 
 
 def _following(node: Node) -> Node:

@@ -327,8 +327,9 @@ def test_a_row_without_tokens_reads_no_others(bert: Model, tmp_path: Path) -> No
         # The last place of a row may be padding.
         (lambda: Chosen(-1), 2),
         (lambda: Pooled(everything=True), 1),
+        (lambda: Chosen(0, also=True), 1),
     ],
-    ids=["first", "last", "all"],
+    ids=["first", "last", "all", "first and all"],
 )
 def test_tokens_are_a_batch_again_where_others_than_the_first_are_read(
     kind: Callable[[], torch.nn.Module], unpacked: int, tmp_path: Path
