@@ -161,11 +161,11 @@ def _agrees(model: Model, program: torch.export.ExportedProgram) -> bool:
     run, rng = program.module(check_guards=False), np.random.default_rng(1)
     for size in (1, 2, 3, 5, 8, 17, max((a.max for a in model.signature.axes), default=1)):
         point = {a.name: min(max(size, a.min), a.max) for a in model.signature.axes}
-        tensors = [torch.from_numpy(a) for a in sample(model.signature, point, rng).values()]
+        tensors = _sampled(model, point, rng)
         try:
             with torch.no_grad():
                 pairs = zip(run(*tensors), model.module(*tensors), strict=True)
-                if any(relative_error(a.numpy(), b.numpy()) > ROUNDING for a, b in pairs):
+                if any(relative_error(a.numpy(force=True), b.numpy(force=True)) > ROUNDING for a, b in pairs):
                     return False
         except Exception:  # whatever it raises: the graph does not hold at this size
             return False
@@ -178,9 +178,7 @@ def _export(
     """torch.export at the capture point. `oblivious`: no size is taken for 1; `deferred`: what it would ask of sizes
     becomes an assertion in the graph."""
     assert model.module is not None
-    arrays = sample(model.signature, _capture_point(model.signature), np.random.default_rng(0))
-    device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
-    tensors = tuple(torch.from_numpy(a).to(device) for a in arrays.values())
+    tensors = _sampled(model, _capture_point(model.signature), np.random.default_rng(0))
     try:
         with quiet(), torch.no_grad(), _sizes.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
             return torch.export.export(
@@ -195,6 +193,13 @@ def _export(
             why=reason(error),
             next_step="avoid Python control flow on tensor values in forward(), or fix the axis that is named",
         ) from None
+
+
+def _sampled(model: Model, point: dict[str, int], rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
+    """Random inputs at a point, where the module's weights are."""
+    assert model.module is not None
+    device = next((p.device for p in model.module.parameters()), torch.device("cpu"))
+    return tuple(torch.from_numpy(a).to(device) for a in sample(model.signature, point, rng).values())
 
 
 def _capture_point(signature: Signature) -> dict[str, int]:

@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.functions import Max, Min
 
 aten = torch.ops.aten
 
@@ -140,13 +142,24 @@ def drop_identities(module: GraphModule) -> None:
     """Take out calls that give their input back: dropout in evaluation, casts to the same dtype, views to the same
     shape, and assertions of what the capture has settled."""
     for node in list(module.graph.nodes):
-        if (node.op == "call_module" and node.target == "_guards_fn") or is_call(
-            node, aten._assert_tensor_metadata.default
-        ):
+        if _is_settled(node):
             module.graph.erase_node(node)
         elif _is_identity(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+
+
+def _is_settled(node: Any) -> bool:
+    """An assertion of what the capture has shown, or one about sizes that holds for all sizes."""
+    if not is_call(node, aten._assert_scalar.default):
+        guards = node.op == "call_module" and node.target == "_guards_fn"
+        return guards or is_call(node, aten._assert_tensor_metadata.default)
+    said = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+    if not isinstance(said, torch.SymBool):
+        return False
+    # torch believes what is asserted, and its own minimum does not compare 64·s with 256·s, as strides of repeated
+    # heads are compared: SymPy's does.
+    return bool(said.node.expr.replace(Min, sympy.Min).replace(Max, sympy.Max) is sympy.true)
 
 
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)

@@ -13,16 +13,21 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kpdeploy.export.capture import program_of
+from kpdeploy.load.describe import model_from_module
+from kpdeploy.load.flat import Flat
 from kpdeploy.ops import GPU_OPS, OPS, Op, calls, measured
 from kpdeploy.ops.cases import Arguments, Case, cases_of, error, to_dtype, tolerance
 from kpdeploy.ops.libraries import constant_weights
 from kpdeploy.ops.linear_activation import ACTIVATIONS
+from kpdeploy.signature import parse_inputs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVIDER = "CUDAExecutionProvider"
@@ -1042,6 +1047,26 @@ def test_an_artifact_runs_on_the_gpu_with_the_library_alone(
     if done.returncode == -11 and alone(f"plain_{artifact}", tmp_path, torch_library, Plain()).returncode == -11:
         pytest.skip(f"NOT RUN: {artifact} on a GPU: torch {torch.__version__} crashes on one of its own operators, too")
     assert (done.returncode, done.stdout) == (0, "cuda:0 False\n"), done.stderr[-4000:]
+
+
+class Asked(torch.nn.Module):
+    """Asks about a size what torch.export cannot settle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._check(x.shape[1] * x.shape[1] % 3 != 2)
+        out: torch.Tensor = self.linear(x)
+        return out
+
+
+def test_a_graph_that_asserts_sizes_is_captured_on_the_gpu(gpu: None) -> None:
+    signature = parse_inputs(["x:float32[batch=1..4,seq=1..9,8]"])
+    described = model_from_module(Asked(), signature, name="asked", source={}, keywords=False)
+    program = program_of(replace(described, module=Flat(Asked().cuda(), None)))
+    assert program.module()(torch.ones(1, 9, 8, device="cuda"))[0].is_cuda
 
 
 def test_a_second_gpu_is_made_current(cuda_provider: str) -> None:

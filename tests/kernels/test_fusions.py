@@ -28,6 +28,7 @@ from kpdeploy.load.huggingface import describe_transformer
 from kpdeploy.model import Model
 from kpdeploy.ops import ONNX_DOMAIN, OPS
 from kpdeploy.optimize import Fused, fuse, parallel_linears
+from kpdeploy.optimize.graph import calls
 from kpdeploy.signature import parse_inputs
 
 TEXT = {
@@ -323,6 +324,32 @@ def test_rotations_are_found_and_what_looks_like_them_is_left_with_the_reason() 
         ("1 rotary_embedding", "its cosines are not one row for each position, of all columns"),
         ("1 rotary_embedding", "its tensor has 3 axes, not batch, heads, length, head size"),
     }
+    answers_alike(before, fused)
+
+
+class Asked(torch.nn.Module):
+    """What torch.export writes into a graph as assertions: one that is seen to hold for every length, as are those
+    about strides of repeated heads, and one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = x.shape[1]
+        torch._check(torch.sym_min(length * length, length) == length)
+        torch._check(length * length % 3 != 2)
+        out: torch.Tensor = self.linear(x)
+        return out
+
+
+def test_assertions_that_hold_for_all_sizes_are_dropped_and_others_stay() -> None:
+    signature = parse_inputs(["x:float32[batch=1..4,seq=1..9,8]"])
+    described = model_from_module(Asked(), signature, name="asked", source={}, keywords=True)
+    before = settle_axes(described, stated=True)
+    fused = fuse(before)
+    left = [n.args[0].meta["val"] for n in calls(fused.module.graph, torch.ops.aten._assert_scalar.default)]
+    assert [str(condition).split("(")[0] for condition in left] == ["Ne"]
     answers_alike(before, fused)
 
 
