@@ -140,7 +140,7 @@ def _matters(node: Node) -> bool:
 
 def drop_identities(module: GraphModule) -> None:
     """Take out calls that give their input back: dropout in evaluation, casts to the same dtype, views to the same
-    shape, and assertions of what the capture has settled."""
+    shape, products with 1 and sums with 0; and assertions of what the capture has settled."""
     for node in list(module.graph.nodes):
         if _is_settled(node):
             module.graph.erase_node(node)
@@ -162,6 +162,7 @@ def _is_settled(node: Any) -> bool:
     return bool(said.node.expr.replace(Min, sympy.Min).replace(Max, sympy.Max) is sympy.true)
 
 
+_NEUTRAL = {aten.mul.Tensor: 1, aten.add.Tensor: 0}
 _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten.expand.default)
 
@@ -171,7 +172,8 @@ def _is_identity(node: Any) -> bool:
         return not node.args[2]
     if is_call(node, aten.alias.default, aten.detach.default, aten.detach_.default):
         return True
-    if is_call(node, *_CASTS):
+    neutral = is_call(node, *_NEUTRAL) and node.args[1] == _NEUTRAL[node.target]
+    if neutral or is_call(node, *_CASTS):
         source = node.args[0]
         return isinstance(source, Node) and dtype(source) == dtype(node)
     if is_call(node, *_VIEWS):

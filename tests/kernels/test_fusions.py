@@ -28,7 +28,7 @@ from kpdeploy.load.huggingface import describe_transformer
 from kpdeploy.model import Model
 from kpdeploy.ops import ONNX_DOMAIN, OPS
 from kpdeploy.optimize import Fused, fuse, parallel_linears
-from kpdeploy.optimize.graph import calls
+from kpdeploy.optimize.graph import aten, calls
 from kpdeploy.signature import parse_inputs
 
 TEXT = {
@@ -348,8 +348,24 @@ def test_assertions_that_hold_for_all_sizes_are_dropped_and_others_stay() -> Non
     described = model_from_module(Asked(), signature, name="asked", source={}, keywords=True)
     before = settle_axes(described, stated=True)
     fused = fuse(before)
-    left = [n.args[0].meta["val"] for n in calls(fused.module.graph, torch.ops.aten._assert_scalar.default)]
+    left = [n.args[0].meta["val"] for n in calls(fused.module.graph, aten._assert_scalar.default)]
     assert [str(condition).split("(")[0] for condition in left] == ["Ne"]
+    answers_alike(before, fused)
+
+
+class Neutral(torch.nn.Module):
+    """A factor of 1 and a summand of 0 that change nothing, and a factor of 1 that changes the dtype."""
+
+    def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"same": torch.relu(x * 1.0 + 0), "float": ids * 1.0, "twice": x * 2}
+
+
+def test_products_with_one_and_sums_with_zero_are_dropped() -> None:
+    signature = parse_inputs(["x:float32[batch=1..4,8]", "ids:int64[batch=1..4,8]"])
+    described = model_from_module(Neutral(), signature, name="neutral", source={}, keywords=True)
+    before = settle_axes(described, stated=True)
+    fused = fuse(before)
+    assert [n.name for n in calls(fused.module.graph, aten.mul.Tensor, aten.add.Tensor)] == ["mul_1", "mul_2"]
     answers_alike(before, fused)
 
 
