@@ -15,8 +15,9 @@ struct Walk {
 };
 
 struct CudaNorm {
-  Walk x, residual, normalized, sum;  // residual and sum: only where it adds
-  Walk quantized;                     // of 8-bit floats: only with out_scale
+  Walk x, residual, sum;  // residual and sum: only where it adds
+  Walk normalized;        // without data: the result is given in 8 bits alone
+  Walk quantized;         // of 8-bit floats: only with out_scale
   const void* weight;
   const void* bias;        // null: none
   const float* out_scale;  // null: nothing is quantized

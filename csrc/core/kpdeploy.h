@@ -211,7 +211,8 @@ int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor
 int kpdeploy_fp8_quantize(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* scale,
                           const kpdeploy_tensor* out);
 
-/* The norms, with the result quantized too: as float8_e4m3fn of the unrounded norm over out_scale. On a GPU only. */
+/* The norms, with the result quantized too: as float8_e4m3fn of the unrounded norm over out_scale; and that alone where
+ * normalized is NULL. On a GPU only. */
 int kpdeploy_fp8_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
                             const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
                             const kpdeploy_tensor* normalized, const kpdeploy_tensor* quantized);

@@ -24,7 +24,7 @@ struct Norm {
   const kpdeploy_tensor *x, *residual, *weight, *bias, *normalized, *sum;
   double eps;
   bool rms;
-  const kpdeploy_tensor *quantized = nullptr, *out_scale = nullptr;  // either both or none
+  const kpdeploy_tensor *quantized = nullptr, *out_scale = nullptr;  // both or none; normalized may be null with both
 };
 
 void normalize(const kpdeploy_context* context, const Norm& norm) {
@@ -33,7 +33,8 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
   if (!norm.weight) refuse("weight is missing");
   const void* weight = vector_of("weight", norm.weight, n, x);
   const void* bias = vector_of("bias", norm.bias, n, x);
-  const Tensor out = floats_like("normalized", norm.normalized, 1, x);
+  const bool in_8_bits_alone = norm.quantized && !norm.normalized;
+  const Tensor out = in_8_bits_alone ? x : floats_like("normalized", norm.normalized, 1, x);
   same_sizes(out, x);
   const Tensor residual = norm.residual ? floats_like("residual", norm.residual, 1, x) : x;
   const Tensor sum = norm.sum ? floats_like("sum", norm.sum, 1, x) : out;
@@ -52,7 +53,7 @@ void normalize(const kpdeploy_context* context, const Norm& norm) {
   if (x.on_gpu()) {
     c.x = x_rows.walk();
     c.residual = residual_rows.walk();
-    c.normalized = out_rows.walk();
+    if (!in_8_bits_alone) c.normalized = out_rows.walk();
     c.sum = sum_rows.walk();
     c.weight = weight;
     c.bias = bias;
@@ -142,7 +143,7 @@ int kpdeploy_add_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor
 int kpdeploy_fp8_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
                             const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
                             const kpdeploy_tensor* normalized, const kpdeploy_tensor* quantized) {
-  return guarded(context, "fp8_layer_norm", [&] {
+  return guarded(context, normalized ? "fp8_layer_norm" : "layer_norm_fp8", [&] {
     normalize_and_quantize(context, {x, nullptr, weight, bias, normalized, nullptr, eps, false, quantized, out_scale});
   });
 }
@@ -150,7 +151,7 @@ int kpdeploy_fp8_layer_norm(const kpdeploy_context* context, const kpdeploy_tens
 int kpdeploy_fp8_rms_norm(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* weight,
                           double eps, const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
                           const kpdeploy_tensor* quantized) {
-  return guarded(context, "fp8_rms_norm", [&] {
+  return guarded(context, normalized ? "fp8_rms_norm" : "rms_norm_fp8", [&] {
     normalize_and_quantize(context, {x, nullptr, weight, nullptr, normalized, nullptr, eps, true, quantized, out_scale});
   });
 }
@@ -160,7 +161,7 @@ int kpdeploy_fp8_add_layer_norm(const kpdeploy_context* context, const kpdeploy_
                                 const kpdeploy_tensor* bias, double eps, const kpdeploy_tensor* out_scale,
                                 const kpdeploy_tensor* normalized, const kpdeploy_tensor* sum,
                                 const kpdeploy_tensor* quantized) {
-  return guarded(context, "fp8_add_layer_norm", [&] {
+  return guarded(context, normalized ? "fp8_add_layer_norm" : "add_layer_norm_fp8", [&] {
     if (!residual || !sum) kpdeploy::refuse("%s is missing", residual ? "sum" : "residual");
     normalize_and_quantize(context, {x, residual, weight, bias, normalized, sum, eps, false, quantized, out_scale});
   });
@@ -170,7 +171,7 @@ int kpdeploy_fp8_add_rms_norm(const kpdeploy_context* context, const kpdeploy_te
                               const kpdeploy_tensor* residual, const kpdeploy_tensor* weight, double eps,
                               const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
                               const kpdeploy_tensor* sum, const kpdeploy_tensor* quantized) {
-  return guarded(context, "fp8_add_rms_norm", [&] {
+  return guarded(context, normalized ? "fp8_add_rms_norm" : "add_rms_norm_fp8", [&] {
     if (!residual || !sum) kpdeploy::refuse("%s is missing", residual ? "sum" : "residual");
     normalize_and_quantize(context, {x, residual, weight, nullptr, normalized, sum, eps, true, quantized, out_scale});
   });

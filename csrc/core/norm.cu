@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, kGroup == 32 ? 1 : kChunks <= 2 ? 4 
 #pragma unroll
     for (int i = 0; i < kVector; ++i)
       v[i] = (v[i] - mean) * scale * weight.at(i) + (a.bias ? bias.at(i) : 0.0f);
-    store(normalized + chunk * kVector, v);
+    if (a.normalized.data) store(normalized + chunk * kVector, v);
     if (quantized) store_f8(quantized + chunk * kVector, v, inverse);
   };
 #pragma unroll

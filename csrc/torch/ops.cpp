@@ -534,6 +534,43 @@ std::tuple<Tensor, Tensor, Tensor> fp8_add_rms_norm(Tensor x, Tensor residual, T
   return {normalized, sum, quantized};
 }
 
+Tensor layer_norm_fp8(Tensor x, Tensor weight, Optional bias, double eps, Tensor out_scale) {
+  make_dense(x, weight);
+  make_dense(bias);
+  Tensor quantized = dense_f8_like(x);
+  const View a(x), w(weight), os(out_scale), q(quantized);
+  const OptionalView b(bias);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_layer_norm(c, a, w, b, eps, os, nullptr, q); });
+  return quantized;
+}
+
+Tensor rms_norm_fp8(Tensor x, Tensor weight, double eps, Tensor out_scale) {
+  make_dense(x, weight);
+  Tensor quantized = dense_f8_like(x);
+  const View a(x), w(weight), os(out_scale), q(quantized);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_rms_norm(c, a, w, eps, os, nullptr, q); });
+  return quantized;
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm_fp8(Tensor x, Tensor residual, Tensor weight, Optional bias, double eps,
+                                              Tensor out_scale) {
+  make_dense(x, residual, weight);
+  make_dense(bias);
+  Tensor sum = dense_like(x), quantized = dense_f8_like(x);
+  const View a(x), r(residual), w(weight), os(out_scale), s(sum), q(quantized);
+  const OptionalView b(bias);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_add_layer_norm(c, a, r, w, b, eps, os, nullptr, s, q); });
+  return {sum, quantized};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_fp8(Tensor x, Tensor residual, Tensor weight, double eps, Tensor out_scale) {
+  make_dense(x, residual, weight);
+  Tensor sum = dense_like(x), quantized = dense_f8_like(x);
+  const View a(x), r(residual), w(weight), os(out_scale), s(sum), q(quantized);
+  run(a, [&](const kpdeploy_context* c) { return kpdeploy_fp8_add_rms_norm(c, a, r, w, eps, os, nullptr, s, q); });
+  return {sum, quantized};
+}
+
 Tensor rotary_embedding(Tensor x, Tensor cos, Tensor sin, int64_t heads) {
   make_dense(x, cos, sin);
   Tensor out = dense_like(x);
@@ -678,6 +715,18 @@ const Op kOps[] = {
      "fp8_add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, Tensor out_scale) -> "
      "(Tensor normalized, Tensor sum, Tensor quantized)",
      TORCH_BOX(&fp8_add_rms_norm)},
+    {"layer_norm_fp8", "layer_norm_fp8(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor out_scale) -> Tensor",
+     TORCH_BOX(&layer_norm_fp8)},
+    {"rms_norm_fp8", "rms_norm_fp8(Tensor x, Tensor weight, float eps, Tensor out_scale) -> Tensor",
+     TORCH_BOX(&rms_norm_fp8)},
+    {"add_layer_norm_fp8",
+     "add_layer_norm_fp8(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps, Tensor out_scale) -> "
+     "(Tensor sum, Tensor quantized)",
+     TORCH_BOX(&add_layer_norm_fp8)},
+    {"add_rms_norm_fp8",
+     "add_rms_norm_fp8(Tensor x, Tensor residual, Tensor weight, float eps, Tensor out_scale) -> "
+     "(Tensor sum, Tensor quantized)",
+     TORCH_BOX(&add_rms_norm_fp8)},
     {"attention_add_layer_norm",
      "attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
      "bool causal, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, float eps) -> "

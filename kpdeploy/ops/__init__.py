@@ -11,7 +11,9 @@ torch.export works on any machine. Importing this costs nothing; torch is import
 from __future__ import annotations
 
 from kpdeploy.ops.add_layer_norm import ADD_LAYER_NORM
+from kpdeploy.ops.add_layer_norm_fp8 import ADD_LAYER_NORM_FP8
 from kpdeploy.ops.add_rms_norm import ADD_RMS_NORM
+from kpdeploy.ops.add_rms_norm_fp8 import ADD_RMS_NORM_FP8
 from kpdeploy.ops.attention import ATTENTION
 from kpdeploy.ops.attention_add_layer_norm import ATTENTION_ADD_LAYER_NORM
 from kpdeploy.ops.attention_fp8 import ATTENTION_FP8
@@ -28,6 +30,7 @@ from kpdeploy.ops.fp8_quantize import FP8_QUANTIZE
 from kpdeploy.ops.fp8_rms_norm import FP8_RMS_NORM
 from kpdeploy.ops.gated_linear import GATED_LINEAR
 from kpdeploy.ops.layer_norm import LAYER_NORM
+from kpdeploy.ops.layer_norm_fp8 import LAYER_NORM_FP8
 from kpdeploy.ops.linear_activation import LINEAR_ACTIVATION
 from kpdeploy.ops.linear_add import LINEAR_ADD
 from kpdeploy.ops.op import NAMESPACE, ONNX_DOMAIN, Op
@@ -35,6 +38,7 @@ from kpdeploy.ops.packed_attention import PACKED_ATTENTION
 from kpdeploy.ops.packed_attention_fp8 import PACKED_ATTENTION_FP8
 from kpdeploy.ops.registration import register
 from kpdeploy.ops.rms_norm import RMS_NORM
+from kpdeploy.ops.rms_norm_fp8 import RMS_NORM_FP8
 from kpdeploy.ops.rotary_embedding import ROTARY_EMBEDDING
 
 OPS: dict[str, Op] = {
@@ -64,6 +68,10 @@ GPU_OPS: dict[str, Op] = {
         FP8_RMS_NORM,
         FP8_ADD_LAYER_NORM,
         FP8_ADD_RMS_NORM,
+        LAYER_NORM_FP8,
+        RMS_NORM_FP8,
+        ADD_LAYER_NORM_FP8,
+        ADD_RMS_NORM_FP8,
         FP8_ATTENTION_OPERANDS,
         FP8_ATTENTION,
         ATTENTION_FP8,

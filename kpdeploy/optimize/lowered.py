@@ -15,7 +15,7 @@ from kpdeploy.decision import Decision, Skipped
 from kpdeploy.errors import ExportFailed
 from kpdeploy.inputs import Tensors
 from kpdeploy.ops import NAMESPACE
-from kpdeploy.optimize import attended, fp8, linear_add, pack, positions, precision, read_rows
+from kpdeploy.optimize import attended, fp8, linear_add, pack, positions, precision, read_rows, unread
 from kpdeploy.optimize.graph import aten, calls, insert, is_call, name_of, parameter, sweep
 
 
@@ -69,6 +69,8 @@ def lowered(
         if whole and bits != "float32":
             attended.fuse(module)
             linear_add.fuse(module)
+        if bits == "fp8":
+            unread.drop(module)
         _line_up(module)
     constant = all(map(_weights_are_held, module.graph.nodes))
     return Lowered(module=module, decisions=decisions, layers=layers, constant=constant)

@@ -624,18 +624,34 @@ def test_gated_products_of_8_bit_floats_take_strided_rows_and_none(rows: int, ho
         assert through_torch(op, (x[:0], *arguments[1:]))[0].shape == (0, 272)
 
 
+NORMS = [name for name in OPS if name.endswith("norm")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "name", [name for name in GPU_OPS if name.removeprefix("fp8_") in OPS and name.endswith("norm")]
-)
-def test_norms_that_quantize_give_the_reference(name: str, dtype: str, gpu: None) -> None:
-    for _, what, plain in gpu_cases(name.removeprefix("fp8_")):
+@pytest.mark.parametrize("form", ["fp8_{}", "{}_fp8"], ids=["too", "alone"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_that_quantize_give_the_reference(norm: str, form: str, dtype: str, gpu: None) -> None:
+    op = GPU_OPS[form.format(norm)]
+    for _, what, plain in gpu_cases(norm):
         arguments = (*to_dtype(plain, DTYPES[dtype]), torch.tensor([0.02]))
-        outs, refs = through_torch(GPU_OPS[name], arguments), expected(GPU_OPS[name], arguments)
-        assert worst(outs[:-1], refs[:-1]) <= tolerance("kpdeploy", dtype, what), what
+        outs, refs = through_torch(op, arguments), expected(op, arguments)
+        for out, ref in zip(outs[:-1], refs[:-1], strict=True):
+            assert error(out, ref) <= tolerance("kpdeploy", dtype, what), what
         # Float32 and float64 differ where two 8-bit floats are as near.
         assert outs[-1].dtype == torch.float8_e4m3fn
         assert error(outs[-1].double(), refs[-1].double()) <= 5e-3, what
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_in_8_bits_alone_is_that_of_both(norm: str, gpu: None) -> None:
+    """Bit for bit, and named in its errors."""
+    with_both, by_itself = (getattr(torch.ops.kpdeploy, name) for name in (f"fp8_{norm}", f"{norm}_fp8"))
+    for _, what, plain in gpu_cases(norm):
+        arguments = on_gpu((*to_dtype(plain, torch.bfloat16), torch.tensor([0.02])))
+        both, alone = (tuple_of(op(*arguments)) for op in (with_both, by_itself))
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(alone, both[1:], strict=True)), what
+    with pytest.raises(RuntimeError, match=rf"{norm}_fp8: out_scale is \[2\]: one element fits"):
+        by_itself(*arguments[:-1], arguments[-1].expand(2).clone())
 
 
 ATTENDED = ((1, 128, 12), (2, 100, 12), (2, 128, 12), (4, 64, 12), (3, 17, 12), (1, 200, 16), (1, 50, 2), (2, 33, 1),

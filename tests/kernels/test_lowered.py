@@ -744,8 +744,9 @@ def test_all_products_of_a_llama_are_in_8_bits(tmp_path: Path) -> None:
     # A layer: queries, keys and values in one, attention's output, gate and up in one, down.
     assert (counts["fp8_linear_activation"], counts["fp8_gated_linear"]) == (6, 2)
     assert not {"linear_activation", "gated_linear", "rms_norm"} & set(counts)
-    # Every norm quantizes but the last, which no product reads.
-    assert (counts["fp8_rms_norm"], counts["fp8_add_rms_norm"], counts["add_rms_norm"]) == (1, 3, 1)
+    # Every norm quantizes but the last, which no product reads; and as products alone read them, they do nothing else.
+    assert (counts["rms_norm_fp8"], counts["add_rms_norm_fp8"], counts["add_rms_norm"]) == (1, 3, 1)
+    assert not {"fp8_rms_norm", "fp8_add_rms_norm"} & set(counts)
     for node in found.module.graph.nodes:
         if node.target is torch.ops.kpdeploy.fp8_gated_linear.default:
             (down,) = node.users
@@ -758,6 +759,57 @@ def test_all_products_of_a_llama_are_in_8_bits(tmp_path: Path) -> None:
     run = runtime.load(str(tmp_path / cuda.FILENAME), inputs=(), outputs=(), settings={})
     inputs = sample(llama.signature, {"batch": 3, "seq": 13}, rng)
     assert relative_error(run(list(inputs.values()))[0], answer(llama, inputs)) <= 0.15
+
+
+class Normed(torch.nn.Module):
+    """A norm that a product reads, and the sum that it may add. `shown`: the norm is a result, too."""
+
+    def __init__(self, norm: str, shown: bool) -> None:
+        super().__init__()
+        self.norm, self.bias, self.eps = torch.nn.Parameter(torch.rand(64)), torch.nn.Parameter(torch.randn(64)), 1e-5
+        self.weight = torch.nn.Parameter(torch.randn(96, 64) / 8)
+        self.kind, self.shown = norm, shown
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        taken = (x, x.flip(1)) if "add" in self.kind else (x,)
+        rest = (self.norm, self.bias, self.eps) if "layer" in self.kind else (self.norm, self.eps)
+        made = getattr(torch.ops.kpdeploy, self.kind)(*taken, *rest)
+        normalized, *total = made if isinstance(made, tuple) else (made,)
+        product = torch.ops.kpdeploy.linear_activation(normalized, self.weight, None, "gelu")
+        return (product, *total, *([normalized] if self.shown else []))
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("shown", [False, True], ids=["read in 8 bits alone", "read"])
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"])
+def test_a_norm_gives_16_bits_where_something_reads_them(norm: str, shown: bool) -> None:
+    torch.manual_seed(0)
+    module, x = Normed(norm, shown).eval(), torch.randn(8, 64)
+    program = torch.export.export(module, (x,))
+    samples = [{"x": x.numpy()}]
+    found = lowered(program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1)
+    assert calls(found.module) == {f"fp8_{norm}" if shown else f"{norm}_fp8": 1, "fp8_linear_activation": 1}
+    assert found.constant
+    with torch.no_grad():
+        pairs = zip(found.module(x), module(x), strict=True)
+    assert max(relative_error(a.numpy(), b.numpy()) for a, b in pairs) <= 0.1
+
+
+@pytest.mark.usefixtures("references")
+def test_norms_of_a_vision_transformer_are_read_in_8_bits_alone(tmp_path: Path) -> None:
+    vit, rng = model(Image(), IMAGE), np.random.default_rng()
+    capture = _fused(Capture(vit, tmp_path), (), ()).capture
+    assert capture is not None
+    samples = [sample(vit.signature, {"batch": 4}, rng)]
+    found = lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1)
+    counts = calls(found.module)
+    # Of two layers' four norms the first is torch's own, and a pass quantizes it; and no product reads the last.
+    assert (counts["add_layer_norm_fp8"], counts["fp8_quantize"], counts["add_layer_norm"]) == (3, 2, 1)
+    assert "fp8_add_layer_norm" not in counts
+    inputs = sample(vit.signature, {"batch": 3}, rng)
+    with torch.no_grad():
+        (out,) = Flat(found.module, None)(torch.from_numpy(inputs["pixel_values"]))
+    assert relative_error(out.numpy(), answer(vit, inputs)) <= 0.2
 
 
 class Gated(torch.nn.Module):

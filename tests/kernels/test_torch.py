@@ -84,6 +84,10 @@ def calls_for_gpus() -> dict[str, tuple[Any, ...]]:
         "fp8_rms_norm": (x, x[0, 0], 1e-5, one),
         "fp8_add_layer_norm": (x, x, x[0, 0], x[0, 1], 1e-5, one),
         "fp8_add_rms_norm": (x, x, x[0, 0], 1e-5, one),
+        "layer_norm_fp8": (x, x[0, 0], x[0, 1], 1e-5, one),
+        "rms_norm_fp8": (x, x[0, 0], 1e-5, one),
+        "add_layer_norm_fp8": (x, x, x[0, 0], None, 1e-5, one),
+        "add_rms_norm_fp8": (x, x, x[0, 0], 1e-5, one),
         "attention_add_layer_norm": (*attended, torch.randn(32, 32), x[0, 2], x, x[0, 0], None, 1e-5),
         "fp8_attention_add_layer_norm": (*attended, w8[:32], one, one, None, x, x[0, 0], x[0, 1], 1e-5, one),
     }
