@@ -385,6 +385,43 @@ def norms(measured: Row) -> list[Row]:
     return rows
 
 
+def fp8_norms(measured: Row) -> list[Row]:
+    """Norms that quantize, which give their result in bfloat16 too, and which do not."""
+    rows: list[Row] = []
+    ops, scale = torch.ops.kpdeploy, torch.full((1,), 0.02, device="cuda")
+    for m, n in ((6304, 768), (12288, 768), (2048, 2048), (16384, 4096), (1024, 768), (128, 768)):
+        sets = sets_of(3 * m * n)
+        xs, rs, w, b = [new(m, n) for _ in sets], [new(m, n) for _ in sets], new(n), new(n)
+        for op in ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm"):
+            rest = (w, b, 1e-5) if "layer" in op else (w, 1e-6)
+            given = [(x, r, *rest) if "add" in op else (x, *rest) for x, r in zip(xs, rs, strict=True)]
+            plain, both, alone = (getattr(ops, name) for name in (op, f"fp8_{op}", f"{op}_fp8"))
+            run_by = {
+                "bf16": [lambda i=i: plain(*given[i]) for i in sets],
+                "and_quantized": [lambda i=i: both(*given[i], scale) for i in sets],
+                "quantized_alone": [lambda i=i: alone(*given[i], scale) for i in sets],
+            }
+            row: Row = {"op": op, "dtype": "bfloat16", "rows": m, "width": n}
+            bytes_each = 7 if "add" in op else 3
+            row["floor_us"] = {
+                "and_quantized": floor_us(measured, (bytes_each + 2) * m * n, 0, "bf16"),
+                "quantized_alone": floor_us(measured, bytes_each * m * n, 0, "bf16"),
+            }
+            row["us"] = compared({name: graph_of(run) for name, run in run_by.items()})
+            ref = calls.reference(OPS[op], given[0])[0]
+            row["error"] = {
+                name: error(poisoned(lambda name=name: last(run_by[name][0]())).double() * scale, ref)
+                for name in ("and_quantized", "quantized_alone")
+            }
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def last(results: Any) -> torch.Tensor:
+    return results[-1] if isinstance(results, tuple) else results
+
+
 def measured_rows(found: list[Row]) -> str:
     """The table of who multiplies: the fastest that computes the op, of the products that have a choice."""
     lines = ["\t".join(COLUMNS)]
@@ -415,7 +452,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=Path, metavar="TSV", help="write who was faster, for kpdeploy/ops")
-    parser.add_argument("--only", choices=("linears", "fp8", "fp8_gated", "norms"), help="one part")
+    parser.add_argument("--only", choices=("linears", "fp8", "fp8_gated", "norms", "fp8_norms"), help="one part")
     options = parser.parse_args()
     decision, path = register(), find(TORCH)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -439,6 +476,8 @@ def main() -> int:
         report["fp8_gated"] = fp8_gated(Library(path), report["rates"])
     if options.only in (None, "norms"):
         report["norms"] = norms(report["rates"])
+    if options.only in (None, "fp8_norms"):
+        report["fp8_norms"] = fp8_norms(report["rates"])
     if options.measure:
         options.measure.write_text(measured_rows(report["linears"] + report["fp8"]))
     if options.json:
