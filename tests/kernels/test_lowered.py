@@ -796,16 +796,19 @@ def test_a_norm_gives_16_bits_where_something_reads_them(norm: str, shown: bool)
 
 
 @pytest.mark.usefixtures("references")
-def test_norms_of_a_vision_transformer_are_read_in_8_bits_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_norms_of_a_vision_transformer_are_read_in_8_bits_alone(tmp_path: Path, whole: bool) -> None:
     vit, rng = model(Image(), IMAGE), np.random.default_rng()
     capture = _fused(Capture(vit, tmp_path), (), ()).capture
     assert capture is not None
     samples = [sample(vit.signature, {"batch": 4}, rng)]
-    found = lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1)
+    found = lowered(capture.program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1, whole=whole)
     counts = calls(found.module)
-    # Of two layers' four norms the first is torch's own, and a pass quantizes it; and no product reads the last.
-    assert (counts["add_layer_norm_fp8"], counts["fp8_quantize"], counts["add_layer_norm"]) == (3, 2, 1)
-    assert "fp8_add_layer_norm" not in counts
+    # Of two layers' four norms the first is torch's own, and a pass quantizes it; of few rows one is attention's op.
+    assert counts["layer_norm_fp8" if whole else "add_layer_norm_fp8"] == 3 - counts["fp8_attention_add_layer_norm"]
+    assert counts["fp8_attention_add_layer_norm"] == whole
+    assert counts["fp8_quantize"] == 2
+    assert not {"fp8_layer_norm", "fp8_add_layer_norm"} & set(counts)
     inputs = sample(vit.signature, {"batch": 3}, rng)
     with torch.no_grad():
         (out,) = Flat(found.module, None)(torch.from_numpy(inputs["pixel_values"]))
