@@ -385,8 +385,8 @@ def test_operands_of_attention_in_8_bits_give_the_reference(shape: tuple[int, ..
         outs = through_torch(op, (*inputs, some, *shape[3:5]))
         refs = op.reference(*inputs, some, *shape[3:5])
         assert [out.dtype for out in outs] == kinds
-        # Float32 and float64 differ where two 8-bit floats are as near.
-        for out, ref, most in zip(outs, refs, (5e-3, 5e-3, 5e-3, 1e-6, 1e-6), strict=True):
+        # Float32 and float64 differ where two 8-bit floats are as near: a few of the 16384 of a small call.
+        for out, ref, most in zip(outs, refs, (1e-2, 1e-2, 1e-2, 1e-6, 1e-6), strict=True):
             assert error(out.double(), ref.double()) <= most
 
 
