@@ -59,6 +59,70 @@ struct Packed {
 
 constexpr int kMost = 4;  // chunks that a thread holds
 
+template <class T>
+__device__ inline T* plain_row(const Walk& walk, int64_t r) {
+  return reinterpret_cast<T*>(walk.data) + r * walk.strides[0];
+}
+
+// Rows of one stride that a warp holds, as floats, each all at once. Beside norm_rows it takes a fifth less for many rows of
+// 768 (benchmarks/README.md).
+template <class T, int kChunks>
+__global__ void __launch_bounds__(kThreads) norm_short_rows(const __grid_constant__ CudaNorm a) {
+  constexpr int kVector = kChunk<T>;
+  using Chunk = Packed<T, kVector>;
+  let_next_kernel_begin();
+  const int lane = threadIdx.x % 32, chunks = static_cast<int>(a.n) / kVector;
+  const int64_t r = blockIdx.x * int64_t{blockDim.x / 32} + threadIdx.x / 32;
+  if (r >= a.rows) return;
+  const auto there = [&](int c) { return lane + c * 32 < chunks; };
+  const auto at = [&](int c) { return (lane + c * 32) * kVector; };
+  const auto ask = [&](Chunk(&to)[kChunks], const void* from) {
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (there(c)) to[c] = static_cast<const Chunk*>(from)[lane + c * 32];
+  };
+  wait_for_earlier_kernels();
+  Chunk own[kChunks], other[kChunks], weights[kChunks], biases[kChunks];
+  ask(own, plain_row<const T>(a.x, r));
+  if (a.adds) ask(other, plain_row<const T>(a.residual, r));
+  ask(weights, a.weight);
+  if (a.bias) ask(biases, a.bias);
+  const float inverse = a.out_scale ? 1 / *a.out_scale : 1;
+
+  float v[kChunks][kVector], total = 0;
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    if (there(c)) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        v[c][i] = own[c].at(i) + (a.adds ? other[c].at(i) : 0.0f);
+        total += a.rms ? v[c][i] * v[c][i] : v[c][i];
+      }
+      if (a.adds) store(plain_row<T>(a.sum, r) + at(c), v[c]);
+    }
+  float mean = 0, variance = lanes_sum<32>(total) / a.n;
+  if (!a.rms) {  // a second pass: E[x^2] - mean^2 would lose digits
+    mean = variance;
+    float squares = 0;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c)
+      if (there(c))
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) squares += (v[c][i] - mean) * (v[c][i] - mean);
+    variance = lanes_sum<32>(squares) / a.n;
+  }
+  const float scale = 1 / sqrtf(variance + a.eps);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c)
+    if (there(c)) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i)
+        v[c][i] = (v[c][i] - mean) * scale * weights[c].at(i) + (a.bias ? biases[c].at(i) : 0.0f);
+      if (a.normalized.data) store(plain_row<T>(a.normalized, r) + at(c), v[c]);
+      if (a.out_scale) store_f8(plain_row<char>(a.quantized, r) + at(c), v[c], inverse);
+    }
+}
+
 // kVector elements in one access; kChunks of them in registers. Of rows that are longer than the most, the rest is read
 // again.
 template <class T, int kVector, int kGroup, int kChunks>
@@ -92,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kGroup == 32 ? 1 : kChunks <= 2 ? 4 
   const float inverse = a.out_scale ? 1 / *a.out_scale : 1;
 
   const auto add_up = [&](Chunk& one, Chunk& two, float (&v)[kVector]) {
-    if constexpr (kGroup > 32) {  // rows of a warp are few or short: there registers are no limit
+    if constexpr (kGroup > 32) {  // rows of a warp are short: there registers are no limit
       one.forget();
       two.forget();
     }
@@ -195,15 +259,24 @@ __global__ void __launch_bounds__(kThreads) quantize_rows(const __grid_constant_
   for (int i = 0; i < kAtOnce && at + i < a.n; ++i) store_f8<1>(to + i, {to_float(from[i])}, inverse);
 }
 
-template <class T, int kVector, int kChunks>
-void norm_in(const CudaNorm& a, bool in_warp, void* stream) {
-  // A few rows are spread over the chip, a warp a block.
+// A few rows are spread over the chip, a warp a block.
+void norm_in_warps(void (*kernel)(CudaNorm), const CudaNorm& a, void* stream) {
   const int64_t each = std::clamp<int64_t>(a.rows / 256, 1, kThreads / 32);
-  if (in_warp)
-    launch_rows(a.rows, norm_rows<T, kVector, 32, kChunks>, (a.rows + each - 1) / each, static_cast<int>(each) * 32, stream,
-                a);
-  else
-    launch_rows(a.rows, norm_rows<T, kVector, kThreads, kChunks>, a.rows, kThreads, stream, a);
+  launch_rows(a.rows, kernel, (a.rows + each - 1) / each, static_cast<int>(each) * 32, stream, a);
+}
+
+template <class T, int kVector, int kChunks>
+void norm_in_blocks(const CudaNorm& a, void* stream) {
+  launch_rows(a.rows, norm_rows<T, kVector, kThreads, kChunks>, a.rows, kThreads, stream, a);
+}
+
+// The form of a kernel with room for so many chunks, up to kMost.
+template <class Form>
+void with_chunks(int64_t chunks, const Form& form) {
+  if (chunks <= 1) return form(std::integral_constant<int, 1>{});
+  if (chunks == 2) return form(std::integral_constant<int, 2>{});
+  if (chunks == 3) return form(std::integral_constant<int, 3>{});
+  form(std::integral_constant<int, kMost>{});
 }
 
 // Whether rows of bytes can be written `bytes` at a time.
@@ -223,13 +296,15 @@ void norm(const CudaNorm& a, void* stream) {
                          aligned(a.weight) && aligned(a.bias) &&
                          (!a.adds || (aligned(a.residual, sizeof(T)) && aligned(a.sum, sizeof(T)))) &&
                          (!a.out_scale || lies_in(a.quantized, kVector));
-  if (!in_chunks) return norm_in<T, 1, 8>(a, a.n <= 8 * 32, stream);
-  const bool in_warp = a.n <= kMost * 32 * kVector;
-  const int64_t at_once = (in_warp ? 32 : kThreads) * kVector, chunks = (a.n + at_once - 1) / at_once;
-  if (chunks <= 1) return norm_in<T, kVector, 1>(a, in_warp, stream);
-  if (chunks == 2) return norm_in<T, kVector, 2>(a, in_warp, stream);
-  if (chunks == 3) return norm_in<T, kVector, 3>(a, in_warp, stream);
-  norm_in<T, kVector, kMost>(a, in_warp, stream);
+  if (!in_chunks && a.n <= 8 * 32) return norm_in_warps(norm_rows<T, 1, 32, 8>, a, stream);
+  if (!in_chunks) return norm_in_blocks<T, 1, 8>(a, stream);
+  const bool one_stride = std::max({a.x.dims, a.residual.dims, a.normalized.dims, a.sum.dims, a.quantized.dims}) <= 1;
+  const bool in_warp = one_stride && a.n <= kMost * 32 * kVector;
+  const int64_t at_once = (in_warp ? 32 : kThreads) * kVector;
+  with_chunks((a.n + at_once - 1) / at_once, [&](auto chunks) {
+    if (in_warp) return norm_in_warps(norm_short_rows<T, chunks>, a, stream);
+    norm_in_blocks<T, kVector, chunks>(a, stream);
+  });
 }
 
 template <class T>
