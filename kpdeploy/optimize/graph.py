@@ -163,7 +163,7 @@ def _is_settled(node: Any) -> bool:
 
 
 _NEUTRAL = {aten.mul.Tensor: 1, aten.add.Tensor: 0}
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.type_as.default)
 _VIEWS = (aten.view.default, aten.reshape.default, aten.expand.default)
 
 

@@ -354,18 +354,20 @@ def test_assertions_that_hold_for_all_sizes_are_dropped_and_others_stay() -> Non
 
 
 class Neutral(torch.nn.Module):
-    """A factor of 1 and a summand of 0 that change nothing, and a factor of 1 that changes the dtype."""
+    """A factor of 1, a summand of 0 and a cast that change nothing, and others that do."""
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"same": torch.relu(x * 1.0 + 0), "float": ids * 1.0, "twice": x * 2}
+        same = (x * 1.0 + 0).type_as(x)
+        return {"same": torch.relu(same), "float": ids * 1.0, "twice": x * 2, "cast": ids.type_as(x)}
 
 
-def test_products_with_one_and_sums_with_zero_are_dropped() -> None:
+def test_what_gives_its_input_back_is_dropped() -> None:
     signature = parse_inputs(["x:float32[batch=1..4,8]", "ids:int64[batch=1..4,8]"])
     described = model_from_module(Neutral(), signature, name="neutral", source={}, keywords=True)
     before = settle_axes(described, stated=True)
     fused = fuse(before)
-    assert [n.name for n in calls(fused.module.graph, aten.mul.Tensor, aten.add.Tensor)] == ["mul_1", "mul_2"]
+    left = calls(fused.module.graph, aten.mul.Tensor, aten.add.Tensor, aten.type_as.default)
+    assert [n.name for n in left] == ["mul_1", "mul_2", "type_as_1"]
     answers_alike(before, fused)
 
 
