@@ -217,6 +217,7 @@ class _Writer:
             if given:
                 # One place more, for tokens that belong nowhere.
                 self.places = self.call(operator.add, self.batch, 1)
+                self.columns = self.call(aten.remainder.Scalar, self.sources, self.sizes[1])
                 last = self.call(operator.sub, self.call(aten.sym_size.int, self.sources, 0), 1)
                 begins = self.call(aten.slice.Tensor, self.offsets, 0, 0, self.sizes[0])
                 # Behind all tokens, where the last rows have none.
@@ -226,9 +227,12 @@ class _Writer:
                 flat = self.call(aten.reshape.default, mask, [-1])
                 found = self.call(aten.reshape.default, self.call(aten.nonzero.default, flat), [-1])
                 self.sources = self.targets = found
+                # No remainder: ONNX takes none by a size.
+                counts = self.call(aten.cumsum.default, self.call(aten.to.dtype, mask, torch.int64), 1)
+                own = self.call(aten.index_select.default, self.call(aten.reshape.default, counts, [-1]), 0, found)
+                self.columns = self.call(aten.sub.Tensor, own, 1)
                 ends = self.call(aten.cumsum.default, self.call(aten.sum.dim_IntList, mask, [-1]), 0)
                 self.offsets = self.call(aten.constant_pad_nd.default, ends, [1, 0])
-            self.columns = self.call(aten.remainder.Scalar, self.sources, self.sizes[1])
 
     def call(self, target: Any, *args: Any) -> Node:
         return self.graph.call_function(target, args)

@@ -21,7 +21,7 @@ from kpdeploy.backends import Lowering
 from kpdeploy.compare import relative_error
 from kpdeploy.decision import Applied, Skipped
 from kpdeploy.errors import ExportFailed
-from kpdeploy.export import Capture, cuda
+from kpdeploy.export import FORMATS, Capture, cuda
 from kpdeploy.export.capture import settle_axes
 from kpdeploy.export.cuda import Form
 from kpdeploy.inputs import sample
@@ -341,6 +341,30 @@ def test_tokens_are_a_batch_again_where_others_than_the_first_are_read(
     if unpacked:
         inputs["attention_mask"][:] = 1
     assert relative_error(all_answers(module, with_places(inputs, 2))[0], answer(of, inputs)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", [Pooled, Counted, Rotary])
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_without_padding_a_file_gives_the_same_answers(
+    format: str, kind: Callable[[], torch.nn.Module], tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    of = model(kind())
+    packed = _fused(Capture(of, tmp_path), (), ()).packed
+    assert packed is not None
+    FORMATS[format].export(packed, tmp_path)
+    run: Callable[..., Any]
+    if format == "onnx":
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        names = [given.name for given in session.get_inputs()]
+        run = lambda inputs: session.run(None, dict(zip(names, inputs.values(), strict=True)))[0]  # noqa: E731
+    else:
+        script = torch.jit.load(tmp_path / "model.pt")
+        run = lambda inputs: all_answers(script, list(map(torch.from_numpy, inputs.values())))[0]  # noqa: E731
+    for point in POINTS:
+        inputs = sample(of.signature, point, np.random.default_rng())
+        assert relative_error(run(inputs), answer(of, inputs)) <= 1e-5, point
 
 
 def test_embeddings_that_are_shown_keep_their_padded_places(tmp_path: Path) -> None:
