@@ -258,8 +258,9 @@ int kpdeploy_packed_attention_fp8(const kpdeploy_context* context, const kpdeplo
 
 int kpdeploy_attention_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* query,
                                       const kpdeploy_tensor* key, const kpdeploy_tensor* value,
-                                      const kpdeploy_tensor* lengths, int64_t heads, double scale, int causal,
-                                      const kpdeploy_tensor* weight, const kpdeploy_tensor* x_scale,
+                                      const kpdeploy_tensor* lengths, const kpdeploy_tensor* offsets, int64_t heads,
+                                      double scale, int causal, const kpdeploy_tensor* weight,
+                                      const kpdeploy_tensor* x_scale,
                                       const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
                                       const kpdeploy_tensor* residual, const kpdeploy_tensor* norm_weight,
                                       const kpdeploy_tensor* norm_bias, double eps, const kpdeploy_tensor* out_scale,
@@ -269,7 +270,8 @@ int kpdeploy_attention_add_layer_norm(const kpdeploy_context* context, const kpd
   *queued = 0;
   return guarded(context, "attention_add_layer_norm", [&] {
     Attention a = checked(query, key, value, heads, heads, scale, causal, nullptr, normalized);
-    check_lengths(a, lengths);
+    if (lengths && offsets) refuse("lengths are for rows of a batch, and offsets for sequences in one row");
+    offsets ? check_offsets(a, offsets) : check_lengths(a, lengths);
     if (!a.query.on_gpu() || a.query.numel() == 0) return;
     const int64_t width = a.query.size(2);
     const Tensor w = x_scale ? gpu_tensor("weight", weight, KPDEPLOY_F8, 2, &a.query)

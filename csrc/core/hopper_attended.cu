@@ -39,11 +39,39 @@ __device__ inline int place_of(int row, int chunk) {
   return (row * kChunks + (kChunks == 8 ? chunk ^ row % 8 : chunk ^ row / 2 % 4)) * 16;
 }
 
+// Sequences that lie one after the other in one row of `rows`; null offsets: there are none.
+struct Sequences {
+  const int64_t* offsets;
+  int64_t stride;
+  int count, rows;
+};
+
+// 16 rows of a sequence, or fewer: the `first` of its own, which begins at row `start` of all. There are as many keys.
+struct Piece {
+  int start, first, length, keys;
+};
+
+// Of the tile: tiles are of one sequence each, and those behind the last sequence see no keys. Length 0: there is no such
+// tile. Offsets are read before the kernels ahead have ended: none that lets others begin writes integers.
+__device__ inline Piece piece_of(const Sequences& s, int tile) {
+  int before = 0, start = 0;
+  for (int i = 1; i <= s.count + 1; ++i) {
+    const int64_t given = i <= s.count ? s.offsets[i * s.stride] : s.rows;
+    const int end = static_cast<int>(max(int64_t{start}, min(given, int64_t{s.rows})));
+    const int tiles = (end - start + kRows - 1) / kRows;
+    if (tile < before + tiles) return {start, (tile - before) * kRows, end - start, i <= s.count ? end - start : 0};
+    before += tiles;
+    start = end;
+  }
+  return {};
+}
+
 // Queries, keys and values are [batch][rows][heads * kSize].
 struct Attention {
   CUtensorMap query, key, value;  // boxes of 16 rows of a head
   const int64_t* lengths;         // null: all keys
   int64_t lengths_stride;
+  Sequences sequences;
   int queries, keys, heads, tiles;  // tiles: of a sequence's queries
   float scale;                      // times log2 e
   bool causal;
@@ -52,6 +80,7 @@ struct Attention {
 };
 
 struct Finished {
+  Sequences sequences;
   int queries, tiles, all_tiles, heads;  // tiles: of a sequence's queries, and of all
   bool constant;
   const void *bias, *norm_weight, *norm_bias;  // bias and norm_bias: null where there is none
@@ -111,8 +140,11 @@ __global__ void __launch_bounds__(kWarps * 32, 3) attend_rows(const __grid_const
   __shared__ float2 weights[kWarps][kRows];  // maximum and sum of each warp's
   __shared__ uint64_t barriers[kWarps + 1];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.x % a.heads;
-  const int tile = blockIdx.x / a.heads, batch = tile / a.tiles, first = tile % a.tiles * kRows;
-  const int each = groups_of(a.keys), own_first = warp * each * kRows;
+  const int tile = blockIdx.x / a.heads, batch = a.sequences.offsets ? 0 : tile / a.tiles;
+  const Piece piece = a.sequences.offsets ? piece_of(a.sequences, tile)
+                                          : Piece{0, tile % a.tiles * kRows, a.queries, a.keys};
+  if (piece.length == 0) return;
+  const int first = piece.first, each = max(1, groups_of(piece.keys)), own_first = warp * each * kRows;
   // Each warp's keys and values, group by group, in whose place is then what it attended to: a float4 of each lane.
   unsigned char *const queries = memory, *const groups = memory + kGroup;
   unsigned char* const own = groups + warp * each * 2 * kGroup;
@@ -134,17 +166,18 @@ __global__ void __launch_bounds__(kWarps * 32, 3) attend_rows(const __grid_const
   // Not before: its blocks would be there, with their weights on the way, in the place of blocks of this kernel.
   let_next_kernel_begin();
   if (lane == 0) {
-    if (warp == 0) copy_rows(shared_address(queries), a.query, head * kSize, first, batch, query_full);
+    if (warp == 0) copy_rows(shared_address(queries), a.query, head * kSize, piece.start + first, batch, query_full);
     for (int i = 0; i < each; ++i) {
       const uint32_t to = shared_address(own + i * 2 * kGroup);
-      copy_rows(to, a.key, head * kSize, own_first + i * kRows, batch, own_full);
-      copy_rows(to + kGroup, a.value, head * kSize, own_first + i * kRows, batch, own_full);
+      const int key = piece.start + own_first + i * kRows;
+      copy_rows(to, a.key, head * kSize, key, batch, own_full);
+      copy_rows(to + kGroup, a.value, head * kSize, key, batch, own_full);
     }
   }
   __syncwarp();
-  const int64_t length = a.lengths ? a.lengths[batch * a.lengths_stride] : a.keys;
+  const int64_t length = a.lengths ? a.lengths[batch * a.lengths_stride] : piece.keys;
   const float inverse = kIsF8<W> ? 1 / *a.x_scale : 1;
-  const int seen = static_cast<int>(max(int64_t{0}, min(length, int64_t{a.keys})));
+  const int seen = static_cast<int>(max(int64_t{0}, min(length, int64_t{piece.keys})));
   wait_for(query_full, 0);
   wait_for(own_full, 0);
   // What does not count may be NaN, and a weight of 0 would not hide it.
@@ -186,7 +219,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) attend_rows(const __grid_const
       float& s = scores[step][i / 4][i % 4];
       const int half = i / 2 % 2, key = own_first + step * kRows + i / 4 * 8 + lane % 4 * 2 + i % 2;
       const int row = first + half * 8 + lane / 4;
-      const int visible = a.causal ? min(seen, row + a.keys - a.queries + 1) : seen;
+      const int visible = a.causal ? min(seen, row + piece.keys - piece.length + 1) : seen;
       s = step < each && key < visible ? s * a.scale : -INFINITY;
       most[half] = fmaxf(most[half], s);
     }
@@ -225,7 +258,7 @@ __global__ void __launch_bounds__(kWarps * 32, 3) attend_rows(const __grid_const
   __syncthreads();
 
   // Eight columns of the head to each warp.
-  const float valid = length >= 0 && length <= a.keys ? 1 : NAN;
+  const float valid = length >= 0 && length <= piece.keys ? 1 : NAN;
   float4 parts[kWarps];
 #pragma unroll
   for (int i = 0; i < kWarps; ++i)
@@ -343,9 +376,16 @@ __global__ void __maxnreg__(kTiles == 1 ? 112 : 128)
   const uint4* x[kTiles];
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
-    const int of = min(tile + m, a.all_tiles - 1), query = of % a.tiles * kRows;
-    first[m] = int64_t{of / a.tiles} * a.queries + query;
-    rows[m] = min(kRows, a.queries - query);
+    const int of = min(tile + m, a.all_tiles - 1);
+    if (a.sequences.offsets) {
+      const Piece piece = piece_of(a.sequences, of);
+      first[m] = piece.start + piece.first;
+      rows[m] = min(kRows, piece.length - piece.first);
+    } else {
+      const int query = of % a.tiles * kRows;
+      first[m] = int64_t{of / a.tiles} * a.queries + query;
+      rows[m] = min(kRows, a.queries - query);
+    }
     x[m] = static_cast<const uint4*>(a.x) + (int64_t{of} * a.heads + 2 * pair) * kSteps * 32 + lane;
   }
   wait_for_earlier_kernels();
@@ -365,7 +405,7 @@ __global__ void __maxnreg__(kTiles == 1 ? 112 : 128)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       residual[m][half] = *reinterpret_cast<const uint32_t*>(
-          static_cast<const T*>(a.residual) + (first[m] + min(half * 8 + lane / 4, rows[m] - 1)) * a.residual_row + column);
+          static_cast<const T*>(a.residual) + (first[m] + max(0, min(half * 8 + lane / 4, rows[m] - 1))) * a.residual_row + column);
   const float x_scale = kIsF8<W> ? *a.x_scale : 1, out_scale = a.out_scale ? 1 / *a.out_scale : 1;
 
   wait_for(full + pair * 16, 0);
@@ -511,6 +551,16 @@ CUtensorMap boxes_of(const CudaGrid& grid, int64_t batch, int64_t rows, int64_t 
   return map;
 }
 
+Sequences sequences_of(const CudaAttention& of) {
+  return {of.offsets, of.offsets_stride, static_cast<int>(of.sequences), static_cast<int>(of.queries)};
+}
+
+// Of 16 rows; of packed sequences, and of what is behind them, the most there can be.
+int tiles_of(const CudaAttention& of) {
+  return of.offsets ? blocks_of(of.queries + of.sequences * (kRows - 1), kRows)
+                    : blocks_of(of.queries, kRows) * static_cast<int>(of.batch);
+}
+
 template <class T>
 Attention attention_of(const CudaAttended& a, void* out) {
   const CudaAttention& of = a.attention;
@@ -521,6 +571,7 @@ Attention attention_of(const CudaAttended& a, void* out) {
   c.value = boxes_of<T>(of.value, of.batch, of.keys, width);
   c.lengths = of.lengths;
   c.lengths_stride = of.lengths_stride;
+  c.sequences = sequences_of(of);
   c.queries = static_cast<int>(of.queries);
   c.keys = static_cast<int>(of.keys);
   c.heads = static_cast<int>(of.heads);
@@ -534,9 +585,10 @@ Attention attention_of(const CudaAttended& a, void* out) {
 
 Finished finished_of(const CudaAttended& a, const void* x) {
   Finished c{};
+  c.sequences = sequences_of(a.attention);
   c.queries = static_cast<int>(a.attention.queries);
   c.tiles = blocks_of(a.attention.queries, kRows);
-  c.all_tiles = c.tiles * static_cast<int>(a.attention.batch);
+  c.all_tiles = tiles_of(a.attention);
   c.heads = static_cast<int>(a.attention.heads);
   c.by_heads = 1.0f / c.heads;
   c.by_width = 1.0f / (c.heads * kSize);
@@ -564,7 +616,7 @@ Finished finished_of(const CudaAttended& a, const void* x) {
 template <class T, class W, int kTiles>
 bool run_tiles(const CudaAttended& a, void* stream) {
   const CudaAttention& of = a.attention;
-  const int heads = static_cast<int>(of.heads), tiles = blocks_of(of.queries, kRows) * static_cast<int>(of.batch);
+  const int heads = static_cast<int>(of.heads), tiles = tiles_of(of);
   const int bytes = Memory<W, kTiles>(heads).bytes;
   if (bytes > kShared) return false;
   const int64_t width = heads * kSize;
@@ -584,8 +636,7 @@ bool run_tiles(const CudaAttended& a, void* stream) {
 template <class T, class W>
 bool run(const CudaAttended& a, void* stream) {
   // With a tile to a cluster, no more clusters than run at once.
-  const int64_t tiles = blocks_of(a.attention.queries, kRows) * a.attention.batch;
-  return tiles <= kTilesAlone ? run_tiles<T, W, 1>(a, stream) : run_tiles<T, W, 2>(a, stream);
+  return tiles_of(a.attention) <= kTilesAlone ? run_tiles<T, W, 1>(a, stream) : run_tiles<T, W, 2>(a, stream);
 }
 
 bool fits(const CudaAttended& a, int64_t weight_bytes) {
@@ -594,7 +645,7 @@ bool fits(const CudaAttended& a, int64_t weight_bytes) {
   const auto rows = [](const Walk& w) { return w.dims <= 1 && reinterpret_cast<uintptr_t>(w.data) % 4 == 0 && step_of(w) % 2 == 0; };
   const auto pairs = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 4 == 0; };
   return of.head_size == kSize && of.heads == of.kv_heads && of.heads % 2 == 0 && of.heads <= kMostHeads && of.keys > 0 &&
-         of.keys <= kMostKeys && !of.offsets && of.batch * of.queries <= kEarlyRows && grid(of.query) && grid(of.key) &&
+         of.keys <= kMostKeys && of.batch * of.queries <= kEarlyRows && grid(of.query) && grid(of.key) &&
          grid(of.value) && rows(a.residual) && rows(a.sum) && rows(a.normalized) && rows(a.quantized) && pairs(a.bias) &&
          pairs(a.norm_weight) && pairs(a.norm_bias) && aligned(a.weight.data) && a.weight.stride * weight_bytes % 16 == 0;
 }

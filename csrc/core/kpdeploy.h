@@ -234,14 +234,15 @@ int kpdeploy_fp8_add_rms_norm(const kpdeploy_context* context, const kpdeploy_te
 int kpdeploy_rotary_embedding(const kpdeploy_context* context, const kpdeploy_tensor* x, const kpdeploy_tensor* cos,
                               const kpdeploy_tensor* sin, int64_t heads, const kpdeploy_tensor* out);
 
-/* attention (with as many heads of keys), the product of its result [B, S, N] with weight [N, N] and bias, and
+/* attention (with as many heads of keys; or packed_attention, where there are offsets), the product of its result [B, S, N] with weight [N, N] and bias, and
  * add_layer_norm of that, by the kernels for few rows: *queued is 1 then, else 0 and nothing was done. A float8_e4m3fn
  * weight has x_scale and weight_scale, as in fp8_linear_activation (x_scale of one element), else both are NULL; quantized
  * and out_scale as in fp8_add_layer_norm, or both NULL. */
 int kpdeploy_attention_add_layer_norm(const kpdeploy_context* context, const kpdeploy_tensor* query,
                                       const kpdeploy_tensor* key, const kpdeploy_tensor* value,
-                                      const kpdeploy_tensor* lengths, int64_t heads, double scale, int causal,
-                                      const kpdeploy_tensor* weight, const kpdeploy_tensor* x_scale,
+                                      const kpdeploy_tensor* lengths, const kpdeploy_tensor* offsets, int64_t heads,
+                                      double scale, int causal, const kpdeploy_tensor* weight,
+                                      const kpdeploy_tensor* x_scale,
                                       const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
                                       const kpdeploy_tensor* residual, const kpdeploy_tensor* norm_weight,
                                       const kpdeploy_tensor* norm_bias, double eps, const kpdeploy_tensor* out_scale,

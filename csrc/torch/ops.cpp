@@ -582,7 +582,7 @@ Tensor rotary_embedding(Tensor x, Tensor cos, Tensor sin, int64_t heads) {
 // The three results of attention, a product, the residual sum and its norm, where the kernels for few rows make them.
 struct Attended {
   Tensor query, key, value;
-  Optional lengths;
+  Optional lengths, offsets;
   int64_t heads;
   double scale;
   bool causal;
@@ -604,35 +604,39 @@ struct Attended {
     sum = dense_like(query);
     if (out_scale) quantized = dense_f8_like(query);
     const View q(query), k(key), v(value), w(weight), r(residual), nw(norm_weight), n(normalized), s(sum);
-    const OptionalView l(lengths), xs(x_scale), ws(weight_scale), b(bias), nb(norm_bias), os(out_scale), e(quantized);
+    const OptionalView l(lengths), f(offsets), xs(x_scale), ws(weight_scale), b(bias), nb(norm_bias), os(out_scale),
+        e(quantized);
     int queued = 0;
     run(q, [&](const kpdeploy_context* c) {
-      return kpdeploy_attention_add_layer_norm(c, q, k, v, l, heads, scale, causal, w, xs, ws, b, r, nw, nb, eps, os, n, s,
-                                               e, &queued);
+      return kpdeploy_attention_add_layer_norm(c, q, k, v, l, f, heads, scale, causal, w, xs, ws, b, r, nw, nb, eps, os, n,
+                                               s, e, &queued);
     });
     return queued != 0;
   }
 };
 
 std::tuple<Tensor, Tensor> attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Optional lengths,
-                                                    int64_t heads, double scale, bool causal, Tensor weight,
-                                                    Optional bias, Tensor residual, Tensor norm_weight,
+                                                    Optional offsets, int64_t heads, double scale, bool causal,
+                                                    Tensor weight, Optional bias, Tensor residual, Tensor norm_weight,
                                                     Optional norm_bias, double eps) {
-  Attended a{query, key, value, lengths, heads, scale, causal, weight, {}, {}, bias, residual, norm_weight, norm_bias, eps};
+  Attended a{query, key,  value,    lengths,     offsets,   heads, scale, causal, weight, {},
+             {},    bias, residual, norm_weight, norm_bias, eps};
   if (query.is_cuda() && a.queue()) return {a.normalized, a.sum};
-  const Tensor x = attention(query, key, value, lengths, heads, heads, scale, causal);
+  const Tensor x = offsets ? packed_attention(query, key, value, *offsets, heads, heads, scale, causal)
+                           : attention(query, key, value, lengths, heads, heads, scale, causal);
   const Tensor sum = linear_add(x, weight, bias, residual);
   return {layer_norm(sum, norm_weight, norm_bias, eps), sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fp8_attention_add_layer_norm(
-    Tensor query, Tensor key, Tensor value, Optional lengths, int64_t heads, double scale, bool causal, Tensor weight,
-    Tensor x_scale, Tensor weight_scale, Optional bias, Tensor residual, Tensor norm_weight, Optional norm_bias, double eps,
-    Tensor out_scale) {
-  Attended a{query,        key,  value,    lengths,     heads,     scale, causal,   weight, x_scale,
-             weight_scale, bias, residual, norm_weight, norm_bias, eps,   out_scale};
+    Tensor query, Tensor key, Tensor value, Optional lengths, Optional offsets, int64_t heads, double scale, bool causal,
+    Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias, Tensor residual, Tensor norm_weight,
+    Optional norm_bias, double eps, Tensor out_scale) {
+  Attended a{query,   key,          value, lengths,  offsets,     heads,     scale, causal,   weight,
+             x_scale, weight_scale, bias,  residual, norm_weight, norm_bias, eps,   out_scale};
   if (query.is_cuda() && a.queue()) return {a.normalized, a.sum, *a.quantized};
-  const Tensor x = attention_fp8(query, key, value, lengths, heads, heads, scale, causal, x_scale);
+  const Tensor x = offsets ? packed_attention_fp8(query, key, value, *offsets, heads, heads, scale, causal, x_scale)
+                           : attention_fp8(query, key, value, lengths, heads, heads, scale, causal, x_scale);
   const Tensor sum = fp8_linear_add(x, weight, x_scale, weight_scale, bias, residual);
   const auto [normalized, quantized] = fp8_layer_norm(sum, norm_weight, norm_bias, eps, out_scale);
   return {normalized, sum, quantized};
@@ -728,14 +732,14 @@ const Op kOps[] = {
      "(Tensor sum, Tensor quantized)",
      TORCH_BOX(&add_rms_norm_fp8)},
     {"attention_add_layer_norm",
-     "attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
-     "bool causal, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, float eps) -> "
-     "(Tensor normalized, Tensor sum)",
+     "attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, int heads, "
+     "float scale, bool causal, Tensor weight, Tensor? bias, Tensor residual, Tensor norm_weight, Tensor? norm_bias, "
+     "float eps) -> (Tensor normalized, Tensor sum)",
      TORCH_BOX(&attention_add_layer_norm)},
     {"fp8_attention_add_layer_norm",
-     "fp8_attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, int heads, float scale, "
-     "bool causal, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, Tensor residual, "
-     "Tensor norm_weight, Tensor? norm_bias, float eps, Tensor out_scale) -> "
+     "fp8_attention_add_layer_norm(Tensor query, Tensor key, Tensor value, Tensor? lengths, Tensor? offsets, "
+     "int heads, float scale, bool causal, Tensor weight, Tensor x_scale, Tensor weight_scale, Tensor? bias, "
+     "Tensor residual, Tensor norm_weight, Tensor? norm_bias, float eps, Tensor out_scale) -> "
      "(Tensor normalized, Tensor sum, Tensor quantized)",
      TORCH_BOX(&fp8_attention_add_layer_norm)},
 };

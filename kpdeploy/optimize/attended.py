@@ -26,23 +26,27 @@ def fuse(module: GraphModule) -> None:
     sweep(module)
 
 
-def _sole(value: Any, target: Any) -> Node | None:
-    """The value, if it is a call of this operator with one user."""
-    return value if is_call(value, target) and used_once(value) else None
+def _sole(value: Any, *targets: Any) -> Node | None:
+    """The value, if it is a call of one of these operators with one user."""
+    return value if is_call(value, *targets) and used_once(value) else None
 
 
-def _attention(arguments: Any) -> tuple[Any, ...] | None:
-    """Query, key, value, lengths, heads, scale, causal of an attention with as many keys as queries; else None."""
-    *tensors, heads, kv_heads, scale, causal = arguments
-    alike = heads == kv_heads and same_size(shape(tensors[0])[1], shape(tensors[1])[1])
-    return (*tensors, heads, scale, causal) if alike else None
+def _attention(made: Node) -> tuple[Any, ...] | None:
+    """Query, key, value, lengths, offsets, heads, scale, causal of an attention with as many keys as queries; else
+    None."""
+    query, key, value, where, heads, kv_heads, scale, causal = made.args[:8]
+    if heads != kv_heads or not same_size(shape(query)[1], shape(key)[1]):  # type: ignore[arg-type]
+        return None
+    packed = is_call(made, ops.packed_attention.default, ops.packed_attention_fp8.default)
+    places = (None, where) if packed else (where, None)
+    return (query, key, value, *places, heads, scale, causal)
 
 
 def _in_16_bits(norm: Node) -> None:
     for linear, residual in summands(norm, ops.linear_activation.default):
         x, weight, bias, activation = linear.args
-        made = _sole(x, ops.attention.default)
-        if made is not None and activation == "none" and (attention := _attention(made.args)):
+        made = _sole(x, ops.attention.default, ops.packed_attention.default)
+        if made is not None and activation == "none" and (attention := _attention(made)):
             args = (*attention, weight, bias, residual, *norm.args[2:])
             return _replace(norm, ops.attention_add_layer_norm.default, args)
 
@@ -50,14 +54,9 @@ def _in_16_bits(norm: Node) -> None:
 def _in_8_bits(norm: Node) -> None:
     for linear, residual in summands(norm, ops.fp8_linear_activation.default):
         x, weight, x_scale, weight_scale, bias, out_scale, activation = linear.args
-        made = _sole(x, ops.attention_fp8.default)
+        made = _sole(x, ops.attention_fp8.default, ops.packed_attention_fp8.default)
         # What is quantized for one product alone is so by the scale of that product's input.
-        if (
-            made is not None
-            and out_scale is None
-            and activation == "none"
-            and (attention := _attention(made.args[:-1]))
-        ):
+        if made is not None and out_scale is None and activation == "none" and (attention := _attention(made)):
             args = (*attention, weight, x_scale, weight_scale, bias, residual, *norm.args[2:])
             return _replace(norm, ops.fp8_attention_add_layer_norm.default, args)
 

@@ -668,7 +668,7 @@ def _attended(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Any, ...
     w = (torch.randn(width, width) / width**0.5).to(dtype)
     r = torch.randn(batch, length, width).to(dtype)
     bias, weight, shift = torch.randn(3, width).to(dtype)
-    return (q, k, v, lengths, heads, 0.125), (w, bias, r, weight, shift)
+    return (q, k, v, lengths, None, heads, 0.125), (w, bias, r, weight, shift)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -682,6 +682,53 @@ def test_attention_with_its_output_and_norm_gives_the_reference(
     for lengths, b, s in ((attention[3], bias, shift), (None, None, None)):
         arguments = (*attention[:3], lengths, *attention[4:], causal, w, b, r, weight, s, 1e-5)
         assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", dtype, "")
+
+
+PACKED = ((128,), (100,), (60, 68), (16, 16, 1, 95), (1,) * 40, (7, 0, 0, 200, 13), (0, 0), (250, 4, 2), (300, 20))
+"""Lengths of packed sequences; twelve tokens more belong to none of them."""
+
+
+def _packed(each: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """As _attended."""
+    (q, k, v, *_), others = _attended((1, sum(each) + 12, 12), dtype)
+    return (q, k, v, None, torch.tensor([0, *each]).cumsum(0), 12, 0.125), others
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("each", PACKED, ids=str)
+def test_packed_attention_with_its_output_and_norm_gives_the_reference(
+    each: tuple[int, ...], dtype: str, causal: bool, gpu: None
+) -> None:
+    attention, (w, bias, r, weight, shift) = _packed(each, DTYPES[dtype])
+    op, arguments = GPU_OPS["attention_add_layer_norm"], (*attention, causal, w, bias, r, weight, shift, 1e-5)
+    assert worst(through_torch(op, arguments), expected(op, arguments)) <= tolerance("kpdeploy", dtype, "")
+
+
+@pytest.mark.parametrize("each", PACKED, ids=str)
+def test_packed_attention_with_its_output_in_8_bits_and_norm_gives_the_reference(
+    each: tuple[int, ...], hopper: None
+) -> None:
+    attention, (w, bias, r, weight, shift) = _packed(each, torch.bfloat16)
+    w8, scale, x_scale = (w * 300).to(torch.float8_e4m3fn), torch.tensor([0.7 / 300]), torch.tensor([0.007])
+    arguments = (*attention, False, w8, x_scale, scale, bias, r, weight, shift, 1e-5, torch.tensor([0.02]))
+    op = GPU_OPS["fp8_attention_add_layer_norm"]
+    outs, refs = through_torch(op, arguments), expected(op, arguments)
+    assert worst(outs[:-1], refs[:-1]) <= 6e-3
+    assert error(outs[-1].double(), refs[-1].double()) <= 4e-2
+
+
+def test_packed_attention_with_its_output_keeps_a_sequences_nan_to_itself(hopper: None) -> None:
+    attention, others = _packed((30, 45, 53), torch.bfloat16)
+    *(q, k, v), _, offsets, heads, scale = on_gpu(attention)
+    given, op = on_gpu(others), torch.ops.kpdeploy.attention_add_layer_norm
+    clean = op(q, k, v, None, offsets, heads, scale, False, *given, 1e-5)[0]
+    for tensor in (q, k, v):
+        tensor[:, 30:75] = torch.nan
+    out = op(q, k, v, None, offsets, heads, scale, False, *given, 1e-5)[0]
+    assert out[:, 30:75].isnan().all()
+    assert torch.equal(out[:, :30], clean[:, :30])
+    assert torch.equal(out[:, 75:], clean[:, 75:])
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -714,7 +761,7 @@ def test_attention_with_its_output_in_8_bits_and_norm_gives_the_reference(
 @pytest.mark.parametrize("shape", ATTENDED, ids=str)
 def test_attention_with_its_output_reads_no_key_beyond_the_length(shape: tuple[int, int, int], hopper: None) -> None:
     attention, others = _attended(shape, torch.bfloat16)
-    *(q, k, v), lengths, heads, scale = on_gpu(attention)
+    *(q, k, v), lengths, _, heads, scale = on_gpu(attention)
     others, ops = on_gpu(others), torch.ops.kpdeploy
     outs = []
     with constant_weights():
@@ -723,11 +770,11 @@ def test_attention_with_its_output_reads_no_key_beyond_the_length(shape: tuple[i
                 for i, length in enumerate(lengths.tolist()):
                     tensor[i, length:] = beyond
             torch.cuda.synchronize()
-            outs.append(ops.attention_add_layer_norm(q, k, v, lengths, heads, scale, False, *others, 1e-5))
+            outs.append(ops.attention_add_layer_norm(q, k, v, lengths, None, heads, scale, False, *others, 1e-5))
     assert all(torch.equal(a, b) for a, b in zip(*outs, strict=True))
     assert all(out.isfinite().all() for out in outs[1])
     lengths[0] = -1
-    out = ops.attention_add_layer_norm(q, k, v, lengths, heads, scale, False, *others, 1e-5)[0]
+    out = ops.attention_add_layer_norm(q, k, v, lengths, None, heads, scale, False, *others, 1e-5)[0]
     assert out[0].isnan().all()
     assert not out[1:].isnan().any()
 

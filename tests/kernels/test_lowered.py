@@ -644,12 +644,15 @@ def outputs_of(module: torch.nn.Module, *inputs: torch.Tensor) -> tuple[torch.Te
     return out if isinstance(out, tuple) else (out,)
 
 
+@pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(("bits", "fused"), [("bfloat16", 1), ("float32", 0)])
-def test_attention_its_output_and_the_norm_are_one_op_for_a_gpu(capture: Capture, bits: str, fused: int) -> None:
-    counts = calls(lowered(capture.program, bits=bits, dropped=False, device="cpu", whole=True).module)
+def test_attention_its_output_and_the_norm_are_one_op_for_a_gpu(
+    capture: Capture, bits: str, fused: int, dropped: bool
+) -> None:
+    counts = calls(lowered(capture.program, bits=bits, dropped=dropped, device="cpu", whole=True).module)
     assert counts["attention_add_layer_norm"] == fused
-    # The last layer's queries are of one token each: that is left to the kernels of its parts.
-    assert counts["attention"] == 2 - fused
+    # The last layer is read at one token each: that is left to the kernels of its parts.
+    assert counts["packed_attention" if dropped else "attention"] == 2 - fused
     # And the embeddings' norm, with the positions' table: but for that, one more in each layer, whose product adds.
     assert counts["add_layer_norm"] == (1 if fused else 5)
     assert counts["linear_add"] == (3 if fused else 0)
@@ -727,15 +730,14 @@ def test_products_in_8_bits_read_what_norms_and_products_give_in_8_bits(
     found = lowered(capture.program, bits="fp8", dropped=dropped, device="cpu", samples=samples, budget=1, whole=True)
     counts = calls(found.module)
     # A layer: queries, keys and values in one, attention's output, two of the MLP; and the pooler.
-    # With padding, attention, its output and the norm behind it are one op but in the last layer, whose queries are of
-    # one token each. The pooler's input passes by itself, and without padding the first tokens of what the last
+    # Attention, its output and the norm behind it are one op but in the last layer, whose queries are of one token each
+    # where there is padding, and whose result is else read at the first tokens alone. The pooler's input passes by itself, and without padding the first tokens of what the last
     # attention gives of all. All else is fused.
     # Attention's output and the MLP's second product add the residual.
-    apart = Counter(fp8_linear_activation=5, fp8_linear_add=4, packed_attention_fp8=1, packed_attention=1)
-    apart.update(fp8_add_layer_norm=1, fp8_layer_norm=3, layer_norm=1, fp8_quantize=2)
-    whole = Counter(fp8_linear_activation=5, fp8_linear_add=3, fp8_attention_add_layer_norm=1, attention_fp8=1)
-    whole.update(fp8_add_layer_norm=1, fp8_layer_norm=2, layer_norm=1, fp8_quantize=1)
-    assert counts == (apart if dropped else whole)
+    wanted = Counter(fp8_linear_activation=5, fp8_linear_add=3, fp8_attention_add_layer_norm=1, fp8_add_layer_norm=1)
+    wanted.update(fp8_layer_norm=2, layer_norm=1)
+    wanted.update({"packed_attention": 1, "fp8_quantize": 2} if dropped else {"attention_fp8": 1, "fp8_quantize": 1})
+    assert counts == wanted
     form = Form(precision="fp8", dropped=dropped, padded=("batch", "seq"))
     cuda.export(capture, tmp_path, form, module=Flat(found.module, None), device="cpu")
     run = runtime.load(str(tmp_path / cuda.FILENAME), inputs=(), outputs=(), settings={})

@@ -69,7 +69,7 @@ def calls_for_gpus() -> dict[str, tuple[Any, ...]]:
     q = torch.randn(2, 200, 128).bfloat16()
     attention = (q, q[:, :, :64], q[:, :, :64])
     operands = GPU_OPS["fp8_attention_operands"].reference(q, q[:, :, :64], q[:, :, :64], None, 2, 1)
-    attended = (x, x, x, torch.tensor([5, 0, 2]), 2, 0.25, False)
+    attended = (x, x, x, torch.tensor([5, 0, 2]), None, 2, 0.25, False)
     return {
         "fp8_quantize": (x, one),
         "fp8_attention_operands": (q, q[:, :, :64], q[:, :, :64], torch.tensor([200, 3]), 2, 1),
