@@ -731,8 +731,8 @@ def test_products_in_8_bits_read_what_norms_and_products_give_in_8_bits(
     counts = calls(found.module)
     # A layer: queries, keys and values in one, attention's output, two of the MLP; and the pooler.
     # Attention, its output and the norm behind it are one op but in the last layer, whose queries are of one token each
-    # where there is padding, and whose result is else read at the first tokens alone. The pooler's input passes by itself, and without padding the first tokens of what the last
-    # attention gives of all. All else is fused.
+    # where there is padding, and whose result is else read at the first tokens alone. The pooler's input passes by
+    # itself, and without padding the first tokens of what the last attention gives of all. All else is fused.
     # Attention's output and the MLP's second product add the residual.
     wanted = Counter(fp8_linear_activation=5, fp8_linear_add=3, fp8_attention_add_layer_norm=1, fp8_add_layer_norm=1)
     wanted.update(fp8_layer_norm=2, layer_norm=1)
