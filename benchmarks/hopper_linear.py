@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 from kpdeploy.decision import Applied, Skipped  # noqa: E402
 from kpdeploy.ops import GPU_OPS, OPS, calls, register  # noqa: E402
-from kpdeploy.ops.libraries import TORCH, find  # noqa: E402
+from kpdeploy.ops.libraries import TORCH, constant_weights, find  # noqa: E402
 from kpdeploy.optimize.fp8 import weight_scales  # noqa: E402
 
 Row = dict[str, Any]
@@ -418,6 +418,56 @@ def fp8_norms(measured: Row) -> list[Row]:
     return rows
 
 
+def ways_to_add(m: int, k: int, n: int) -> tuple[dict[str, Call], tuple[torch.Tensor, ...]]:
+    """Calls by name; and what linear_add is given."""
+    ops, one = torch.ops.kpdeploy, torch.full((1,), 0.5, device="cuda")
+    x, w, b, r, *norm = new(m, k), new(n, k), new(n), new(m, n), new(n), new(n), 1e-5
+    (x8, _), (w8, scale) = in_8_bits(x), in_8_bits(w)
+
+    def product() -> torch.Tensor:
+        return ops.linear_activation(x, w, b, "none")
+
+    def fp8_product() -> torch.Tensor:
+        return ops.fp8_linear_activation(x8, w8, one, scale, b, None, "none")
+
+    def linear_add() -> torch.Tensor:
+        return ops.linear_add(x, w, b, r)
+
+    def fp8_linear_add() -> torch.Tensor:
+        return ops.fp8_linear_add(x8, w8, one, scale, b, r)
+
+    return {
+        "product": product,
+        "linear_add": linear_add,
+        "product, add + layer norm": lambda: ops.add_layer_norm(product(), r, *norm),
+        "linear_add, layer norm": lambda: ops.layer_norm(linear_add(), *norm),
+        "fp8 product": fp8_product,
+        "fp8_linear_add": fp8_linear_add,
+        "fp8 product, add + layer norm": lambda: ops.fp8_add_layer_norm(fp8_product(), r, *norm, one),
+        "fp8_linear_add, layer norm": lambda: ops.fp8_layer_norm(fp8_linear_add(), *norm, one),
+    }, (x, w, b, r)
+
+
+def added(measured: Row) -> list[Row]:
+    """Products whose residual their norm adds, and products that add it; and what the norms take behind them."""
+    rows: list[Row] = []
+    shapes = [(m, k, 768) for m in (128, 512, 1024, 6144, 6304, 12288) for k in (768, 3072)]
+    for m, k, n in (*shapes, (2048, 2048, 2048), (2048, 8192, 2048)):
+        ways, given = ways_to_add(m, k, n)
+        row: Row = {"op": "linear_add", "rows": m, "inputs": k, "outputs": n}
+        row["floor_us"] = {
+            "linear_add": floor_us(measured, 2 * (m * k + n * k + 2 * m * n), 2 * m * n * k, "bf16"),
+            "fp8_linear_add": floor_us(measured, m * k + n * k + 4 * m * n, 2 * m * n * k, "fp8"),
+        }
+        with constant_weights():
+            row["us"] = compared({name: graph_of([run]) for name, run in ways.items()})
+        ref = calls.reference(GPU_OPS["linear_add"], given)[0]
+        row["error"] = {"linear_add": error(poisoned(ways["linear_add"]), ref)}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def last(results: Any) -> torch.Tensor:
     return results[-1] if isinstance(results, tuple) else results
 
@@ -452,7 +502,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", type=Path, metavar="TSV", help="write who was faster, for kpdeploy/ops")
-    parser.add_argument("--only", choices=("linears", "fp8", "fp8_gated", "norms", "fp8_norms"), help="one part")
+    parser.add_argument(
+        "--only", choices=("linears", "fp8", "fp8_gated", "norms", "fp8_norms", "added"), help="one part"
+    )
     options = parser.parse_args()
     decision, path = register(), find(TORCH)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -478,6 +530,8 @@ def main() -> int:
         report["norms"] = norms(report["rates"])
     if options.only in (None, "fp8_norms"):
         report["fp8_norms"] = fp8_norms(report["rates"])
+    if options.only in (None, "added"):
+        report["added"] = added(report["rates"])
     if options.measure:
         options.measure.write_text(measured_rows(report["linears"] + report["fp8"]))
     if options.json:
