@@ -52,19 +52,26 @@ class Layer:
     kept: bool = False
 
 
+def largest(module: GraphModule, samples: Sequence[Tensors]) -> dict[Node, float]:
+    """The largest magnitude in the input of each product, over all samples."""
+    looking = _Simulated(module, {})
+    for tensors in _tensors(module, samples):
+        looking.run(*tensors)
+    return looking.largest
+
+
 def lower(
-    module: GraphModule, samples: Sequence[Tensors], budget: float
+    module: GraphModule, samples: Sequence[Tensors], budget: float, largest: Mapping[Node, float]
 ) -> tuple[tuple[Decision, ...], tuple[Layer, ...]]:
     """Rewrite the products of a module in place, as many as hold the budget; what was decided, and every layer.
 
-    `samples`: inputs of the module, by name in the order of its inputs.
+    `samples`: inputs of the module, by name in the order of its inputs. `largest`: what the scales are for.
 
     Raises:
         ExportFailed: not one product fits.
     """
-    device = next(module.parameters()).device
-    inputs = [[torch.from_numpy(a).to(device) for a in sample.values()] for sample in samples]
-    layers, plain = _judged(module, inputs)
+    inputs = _tensors(module, samples)
+    layers, plain = _judged(module, inputs, largest)
     if not layers:
         raise ExportFailed("there is no product to compute in 8 bits", why="its sizes are no multiples of 16")
     chosen, error = _chosen(module, inputs, plain, layers, budget * MARGIN)
@@ -83,6 +90,11 @@ def lower(
     told = [Skipped(what=f"fp8 in {len(left)} products", reason=why)] if left else []
     judged = tuple(replace(layer, kept=layer in left) for layer in layers)
     return (Applied(what=what, detail=detail), *told), judged
+
+
+def _tensors(module: GraphModule, samples: Sequence[Tensors]) -> list[list[torch.Tensor]]:
+    device = next(module.parameters()).device
+    return [[torch.from_numpy(a).to(device) for a in sample.values()] for sample in samples]
 
 
 # Judging: what each product costs.
@@ -138,12 +150,13 @@ def weight_scales(weight: torch.Tensor) -> torch.Tensor:
     return (weight.float().abs().amax(1) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def _judged(module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]]) -> tuple[list[Layer], list[Outputs]]:
+def _judged(
+    module: GraphModule, inputs: Sequence[Sequence[torch.Tensor]], largest: Mapping[Node, float]
+) -> tuple[list[Layer], list[Outputs]]:
     """Each product, judged alone; and what the module gives with none rounded."""
     nodes = _products(module)
-    looking = _Simulated(module, {})
-    plain = [looking.run(*tensors) for tensors in inputs]
-    scales = {node: max(looking.largest.get(node, 0.0), 1e-6) / LARGEST for node in nodes}
+    scales = {node: max(largest.get(node, 0.0), 1e-6) / LARGEST for node in nodes}
+    plain = [_Simulated(module, scales).run(*tensors) for tensors in inputs]
     few = range(min(JUDGED, len(inputs)))
     found = []
     for node in nodes:

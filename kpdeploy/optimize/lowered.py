@@ -57,13 +57,15 @@ def lowered(
     with torch.no_grad():
         _fold(module)
         positions.settle(module)
-        read_rows.settle(module, attention=not dropped)
         # With its index: torch.export tells "cuda" from "cuda:0".
         precision.place(module, torch.empty(0, device=device).device)
         if bits != "float32":
             precision.lower(module, torch.bfloat16 if bits == "fp8" else getattr(torch, bits))
+        # Of all rows: the one that is read of a long sequence is calmer than that of a short one.
+        largest = fp8.largest(module, samples) if bits == "fp8" else {}
+        read_rows.settle(module, attention=not dropped)
         if bits == "fp8":
-            decisions, layers = fp8.lower(module, samples, budget)
+            decisions, layers = fp8.lower(module, samples, budget, largest)
         if dropped and isinstance(found := pack.pack(module, given=told), Skipped):
             raise ExportFailed("padding cannot be dropped", why=found.reason)
         if whole and bits != "float32":

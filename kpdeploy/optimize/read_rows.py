@@ -30,11 +30,17 @@ def _behind(chosen: Node, window: tuple[int, int], attention: bool) -> list[Node
     """The operators of whose results only that row is read, in order."""
     found = {chosen}
     for node in reversed(chosen.graph.nodes):
-        if node.users and all(user in found for user in node.users) and _by_rows(node, window, attention):
+        read = node.users and all(user in found and _by_its_rows(user, node) for user in node.users)
+        if read and _by_rows(node, window, attention):
             found.add(node)
     # One of several results, of which another is read whole, is cut like any other tensor.
     found -= {chosen, *(node for node in found if node.target is operator.getitem and node.args[0] not in found)}
     return [node for node in chosen.graph.nodes if node in found]
+
+
+def _by_its_rows(user: Node, value: Node) -> bool:
+    """Does a user of these take the value for its own rows alone? A key of attention is read by all queries."""
+    return value not in user.args[ROWS.get(name_of(user), 1) :]
 
 
 def _by_rows(node: Any, window: tuple[int, int], attention: bool) -> bool:

@@ -584,6 +584,45 @@ def test_rows_that_nothing_reads_are_not_computed(
         assert relative_error(found, answer(shown, inputs)) <= 1e-5
 
 
+class LastOfAttention(torch.nn.Module):
+    """Attention whose queries, keys and values are products apart, and one token of its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList(torch.randn(64, 64) / 8 for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops = torch.ops.kpdeploy
+        q, k, v = (ops.linear_activation(x, w, None, "none") for w in self.weights[:3])
+        attended = ops.attention(q, k, v, None, 2, 2, 0.18, False)
+        shown: torch.Tensor = ops.linear_activation(attended, self.weights[3], None, "none")[:, -1]
+        return shown
+
+
+@pytest.mark.parametrize(("bits", "most"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_keys_are_read_by_the_query_that_is_left(bits: str, most: float) -> None:
+    register()
+    module, x = LastOfAttention().eval(), torch.randn(3, 9, 64)
+    made = lowered(torch.export.export(module, (x,)), bits=bits, dropped=False, device="cpu").module
+    rows = [n.meta["val"].shape[1] for n in made.graph.nodes if n.name.startswith("linear_activation")]
+    assert sorted(rows) == [1, 1, 9, 9]  # queries and the output of one token, keys and values of all
+    with torch.no_grad():
+        assert relative_error(made(x).numpy(), module(x).numpy()) <= most
+
+
+@pytest.mark.usefixtures("references")
+def test_scales_are_for_all_rows_where_one_is_read() -> None:
+    """Of a short sequence the token that is read is another one."""
+    x = torch.randn(3, 9, 64)
+    x[:, 2] *= 50
+    module = LastOfAttention().eval()
+    samples = [{"x": x.numpy()}]
+    program = torch.export.export(module, (x,))
+    found = lowered(program, bits="fp8", dropped=False, device="cpu", samples=samples, budget=1)
+    (queries,) = (layer for layer in found.layers if layer.name == "weights.0")
+    assert queries.scale == pytest.approx(float(x.abs().max()) / 448, rel=1e-2)
+
+
 class Angles(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
