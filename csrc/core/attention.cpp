@@ -260,12 +260,11 @@ int kpdeploy_attention_add_layer_norm(const kpdeploy_context* context, const kpd
                                       const kpdeploy_tensor* key, const kpdeploy_tensor* value,
                                       const kpdeploy_tensor* lengths, const kpdeploy_tensor* offsets, int64_t heads,
                                       double scale, int causal, const kpdeploy_tensor* weight,
-                                      const kpdeploy_tensor* x_scale,
-                                      const kpdeploy_tensor* weight_scale, const kpdeploy_tensor* bias,
-                                      const kpdeploy_tensor* residual, const kpdeploy_tensor* norm_weight,
-                                      const kpdeploy_tensor* norm_bias, double eps, const kpdeploy_tensor* out_scale,
-                                      const kpdeploy_tensor* normalized, const kpdeploy_tensor* sum,
-                                      const kpdeploy_tensor* quantized, int* queued) {
+                                      const kpdeploy_tensor* x_scale, const kpdeploy_tensor* weight_scale,
+                                      const kpdeploy_tensor* bias, const kpdeploy_tensor* residual,
+                                      const kpdeploy_tensor* norm_weight, const kpdeploy_tensor* norm_bias, double eps,
+                                      const kpdeploy_tensor* out_scale, const kpdeploy_tensor* normalized,
+                                      const kpdeploy_tensor* sum, const kpdeploy_tensor* quantized, int* queued) {
   using namespace kpdeploy;
   *queued = 0;
   return guarded(context, "attention_add_layer_norm", [&] {

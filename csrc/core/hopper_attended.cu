@@ -533,9 +533,6 @@ __global__ void __maxnreg__(kTiles == 1 ? 112 : 128)
     }
 }
 
-// Elements between rows; any where there is one row at most.
-int64_t step_of(const Walk& walk) { return walk.dims ? walk.strides[0] : 0; }
-
 // Boxes of 16 rows of a head.
 template <class T>
 CUtensorMap boxes_of(const CudaGrid& grid, int64_t batch, int64_t rows, int64_t width) {

@@ -27,11 +27,14 @@ struct Finish {
   float c[5], half[3], most, least;
 };
 
+// Elements between rows; any where there is one row at most.
+inline int64_t step_of(const Walk& walk) { return walk.dims ? walk.strides[0] : 0; }
+
 inline Finish finish_of(const CudaLinear& a) {
   Finish f{};
   f.bias = a.bias;
   f.residual = a.residual.data;
-  f.residual_stride = a.residual.dims ? a.residual.strides[0] : 0;
+  f.residual_stride = step_of(a.residual);
   f.x_scale = a.x_scale;
   f.weight_scale = a.weight_scale;
   f.out_scale = a.out_scale;

@@ -376,8 +376,9 @@ Tensor linear_activation(Tensor x, Tensor weight, Optional bias, StringHandle ac
   return linear(x, weight, bias, activation_of(activation));
 }
 
-Tensor fp8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias, Optional out_scale,
-                  int kind) {
+Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias,
+                             Optional out_scale, StringHandle activation) {
+  const int kind = activation_of(activation);
   make_dense(x, weight);
   make_dense(bias);
   const View a(x), w(weight), xs(x_scale), ws(weight_scale);
@@ -389,11 +390,6 @@ Tensor fp8_linear(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, 
     return kpdeploy_fp8_linear_activation(c, a, w, xs, ws, b, os, kind, o);
   });
   return out;
-}
-
-Tensor fp8_linear_activation(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias,
-                             Optional out_scale, StringHandle activation) {
-  return fp8_linear(x, weight, x_scale, weight_scale, bias, out_scale, activation_of(activation));
 }
 
 Tensor fp8_linear_add(Tensor x, Tensor weight, Tensor x_scale, Tensor weight_scale, Optional bias, Tensor residual) {

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kpdeploy.optimize.graph import calls, insert, is_call, same_size, shape, sweep, used_once
-from kpdeploy.optimize.linear_add import summands
+from kpdeploy.optimize.linear_add import added, summands
 
 ops = torch.ops.kpdeploy
 
@@ -20,15 +20,22 @@ ops = torch.ops.kpdeploy
 def fuse(module: GraphModule) -> None:
     """Rewrite a lowered module in place, where attention's result goes to one linear and that to one norm alone."""
     for norm in calls(module.graph, ops.add_layer_norm.default):
-        _in_16_bits(norm)
+        attentions = (ops.attention.default, ops.packed_attention.default)
+        _fuse_one(norm, ops.linear_activation.default, attentions, ops.attention_add_layer_norm.default)
     for norm in calls(module.graph, ops.fp8_add_layer_norm.default):
-        _in_8_bits(norm)
+        # What is quantized for one product alone is so by the scale of that product's input.
+        attentions = (ops.attention_fp8.default, ops.packed_attention_fp8.default)
+        _fuse_one(norm, ops.fp8_linear_activation.default, attentions, ops.fp8_attention_add_layer_norm.default)
     sweep(module)
 
 
-def _sole(value: Any, *targets: Any) -> Node | None:
-    """The value, if it is a call of one of these operators with one user."""
-    return value if is_call(value, *targets) and used_once(value) else None
+def _fuse_one(norm: Node, product: Any, attentions: tuple[Any, ...], target: Any) -> None:
+    for linear, residual in summands(norm, product):
+        if (found := added(linear, residual)) is None:
+            continue
+        _, (made, *rest) = found
+        if is_call(made, *attentions) and used_once(made) and (attention := _attention(made)):
+            return _replace(norm, target, (*attention, *rest, *norm.args[2:]))
 
 
 def _attention(made: Node) -> tuple[Any, ...] | None:
@@ -40,25 +47,6 @@ def _attention(made: Node) -> tuple[Any, ...] | None:
     packed = is_call(made, ops.packed_attention.default, ops.packed_attention_fp8.default)
     places = (None, where) if packed else (where, None)
     return (query, key, value, *places, heads, scale, causal)
-
-
-def _in_16_bits(norm: Node) -> None:
-    for linear, residual in summands(norm, ops.linear_activation.default):
-        x, weight, bias, activation = linear.args
-        made = _sole(x, ops.attention.default, ops.packed_attention.default)
-        if made is not None and activation == "none" and (attention := _attention(made)):
-            args = (*attention, weight, bias, residual, *norm.args[2:])
-            return _replace(norm, ops.attention_add_layer_norm.default, args)
-
-
-def _in_8_bits(norm: Node) -> None:
-    for linear, residual in summands(norm, ops.fp8_linear_activation.default):
-        x, weight, x_scale, weight_scale, bias, out_scale, activation = linear.args
-        made = _sole(x, ops.attention_fp8.default, ops.packed_attention_fp8.default)
-        # What is quantized for one product alone is so by the scale of that product's input.
-        if made is not None and out_scale is None and activation == "none" and (attention := _attention(made)):
-            args = (*attention, weight, x_scale, weight_scale, bias, residual, *norm.args[2:])
-            return _replace(norm, ops.fp8_attention_add_layer_norm.default, args)
 
 
 def _replace(norm: Node, target: Any, args: tuple[Any, ...]) -> None:

@@ -156,7 +156,7 @@ def _judged(
     """Each product, judged alone; and what the module gives with none rounded."""
     nodes = _products(module)
     scales = {node: max(largest.get(node, 0.0), 1e-6) / LARGEST for node in nodes}
-    plain = [_Simulated(module, scales).run(*tensors) for tensors in inputs]
+    plain = [Interpreter(module).run(*tensors) for tensors in inputs]
     few = range(min(JUDGED, len(inputs)))
     found = []
     for node in nodes:

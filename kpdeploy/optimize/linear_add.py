@@ -28,8 +28,8 @@ def fuse(module: GraphModule) -> None:
     """Rewrite a lowered module in place, where a norm adds the result of a linear that nothing else reads."""
     for norm in calls(module.graph, *_norms()):
         for linear, residual in summands(norm, ops.linear_activation.default, ops.fp8_linear_activation.default):
-            if (added := _added(linear, residual)) is not None:
-                _replace(norm, *added)
+            if (found := added(linear, residual)) is not None:
+                _replace(norm, *found)
                 break
     sweep(module)
 
@@ -42,8 +42,8 @@ def summands(norm: Node, *targets: Any) -> Iterator[tuple[Node, Any]]:
             yield one, other  # type: ignore[misc]
 
 
-def _added(linear: Node, residual: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """The operator and its arguments; None where the linear does more than a product."""
+def added(linear: Node, residual: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """The operator that adds and its arguments; None where the linear does more than a product."""
     *operands, activation = linear.args
     if activation != "none":
         return None
